@@ -1,0 +1,57 @@
+"""fp4jax: training language models with 4-bit (W4A4G4) matrix multiplies in JAX.
+
+The table of contents. A name is loaded when it is first used, so `import fp4jax` costs nothing and a kernel may import
+`fp4jax.numerics` without a circle. Code inside fp4jax imports from the module that defines a name, never from here.
+"""
+
+import importlib
+
+__version__ = "0.1.0.dev0"
+
+# Public name → the module that defines it.
+_DEFINED_IN = {
+    # The quantized matrix multiply: three GEMMs with a custom VJP, and its operands prepared once for several uses.
+    "dot_general": "fp4jax.dot",
+    "prepare": "fp4jax.dot",
+    "Prepared": "fp4jax.dot",
+    # Quantized arrays and their formats: the specification of every bit.
+    "quantize": "fp4jax.numerics",
+    "QTensor": "fp4jax.numerics",
+    "Format": "fp4jax.numerics",
+    "NVFP4": "fp4jax.numerics",
+    # What happens to each operand of each GEMM, and which layer gets which recipe.
+    "recipe": "fp4jax.recipes",
+    "list_recipes": "fp4jax.recipes",
+    "Recipe": "fp4jax.recipes",
+    "Policy": "fp4jax.policy",
+}
+
+# Public modules, from the ground up.
+_MODULES = (
+    "config",  # every option of a run with its default
+    "data",  # documents → tokens → packed rows → batches that resume
+    "numerics",  # formats, rounding, block scaling, Hadamard, splits, random bits
+    "recipes",  # the recipes by name
+    "linen",  # the slot in flax.linen: dot_general_cls
+    "nnx",  # the slot in flax.nnx: DotGeneral
+    "policy",  # rules from layer path to recipe
+    "models",  # Qwen3
+    "training",  # the training loop
+    "evaluation",  # the scores of a checkpoint
+)
+
+__all__ = ["__version__", *_DEFINED_IN, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _DEFINED_IN:
+        value = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"fp4jax.{name}")
+    raise AttributeError(f"module 'fp4jax' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,316 @@
+"""`dot_general` whose forward and backward products run under a recipe: the centre of fp4jax.
+
+    fprop  Y = Q(X) Q(W)        dgrad  dX = Q(D) Q(W)ᵀ        wgrad  dW = Q(X)ᵀ Q(D)
+
+X [*batch, *tokens, K] holds activations, W [*batch, K, N] weights, D = dL/dY output gradients; tokens are the left operand's free
+axes, batch axes count independent matrices (experts). What Q does to each of the six operands is the recipe's business (`fp4jax.recipes`), how
+split operands multiply is `fp4jax.gemm`'s. Here live the custom VJP, its rules under vmap, and the choice of an implementation.
+
+The custom VJP takes (x, w, xq, wq, ...): x and w only route cotangents, everything computed comes from the prepared xq and wq. So linears that share an
+input share its one saved copy in 4.5 bits, and weights can be prepared once outside of a microbatch loop.
+"""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from fp4jax import gemm as gemms
+from fp4jax.batching import vmappable
+from fp4jax.canonical import canonicalize, check_canonical, check_operands, result_type
+from fp4jax.numerics import key_words, mask_rows, quantize_blocks
+from fp4jax.prepare import D_SLOTS, X_SLOTS, Prepared, prepare_tokens, prepare_weights
+from fp4jax.recipes import Gemm, Recipe, as_recipe
+from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
+
+# Name of prepared activations for `jax.checkpoint_policies.save_only_these_names`.
+LINEAR_INPUTS = "fp4jax_linear_inputs"
+
+_MIN_CONTRACTION = 16
+_log = logging.getLogger("fp4jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """Everything static about a product."""
+
+    recipe: Recipe
+    batch_dims: int
+    dtype: jnp.dtype
+    lhs_dtype: jnp.dtype
+    rhs_dtype: jnp.dtype
+    gemm_dtype: jnp.dtype
+    precision: object
+    backend: str
+
+    def with_batch_dims(self, batch_dims: int) -> "_Spec":
+        return dataclasses.replace(self, batch_dims=batch_dims)
+
+
+def dot_general(
+    lhs: Float[Array, "..."],
+    rhs: Float[Array, "..."],
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    *,
+    out_sharding=None,
+    recipe: str | Recipe,
+    key=None,
+    lhs_q: Prepared | None = None,
+    rhs_q: Prepared | None = None,
+    row_mask: Bool[Array, "*tokens"] | None = None,
+    probe: Float[Array, " statistics"] | None = None,
+    backend: str = "auto",
+    gemm: str = "auto",
+) -> Float[Array, "..."]:
+    """`jax.lax.dot_general` of activations and weights under a recipe, differentiable in both.
+
+    Args:
+      lhs: activations. Its free axes are tokens; blocks of the weight gradient run along the last of them.
+      rhs: weights. Batch dimensions are independent matrices, each with its own means and tensor scales.
+      dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`. `precision` is that
+        of operands in high precision; quantized ones multiply exactly.
+      recipe: a name (`fp4jax.list_recipes()`), with variants if wanted ("averis+nearest"), or a `Recipe`.
+      key: a JAX random key, needed where the recipe rounds stochastically: for gradients only when differentiated.
+      lhs_q, rhs_q: the operands as `prepare` returns them, to share them between products. The operands themselves must
+        then be in canonical layout, and serve to route cotangents only.
+      row_mask: True for real tokens, shaped like lhs without its contracted axes. Other rows do not count in any
+        statistic; their result and gradient are zero.
+      probe: zeros of shape [len(GRADIENT_STATISTICS)], float32; its cotangent is the sum of those statistics.
+      backend: quantizer: "auto", "xla" or "pallas".  gemm: product: "auto", "native" or "emulated".
+
+    Returns:
+      The product with lax's result shape and dtype. Masked rows are zero.
+
+    Raises:
+      ValueError: arguments that do not fit, saying what was given, what is accepted and what to do.
+      NotImplementedError: a backend or product asked for by name that this device cannot serve.
+    """
+    recipe = as_recipe(recipe)
+    _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
+    backend, gemm_dtype = _choose(backend, gemm)
+    if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
+        return lax.dot_general(
+            lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
+        )
+    x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
+    spec = _Spec(
+        recipe=_for_contractions(recipe, x.shape[-1], w.shape[-1]),
+        batch_dims=layout.batch_dims,
+        dtype=result_type(lhs, rhs, dimension_numbers, preferred_element_type).dtype,
+        lhs_dtype=x.dtype,
+        rhs_dtype=w.dtype,
+        gemm_dtype=gemm_dtype,
+        precision=precision,
+        backend=backend,
+    )
+    mask = None if row_mask is None else layout.row_mask(row_mask)
+    words = None if key is None else key_words(key)
+    y = _apply(spec, x, w, lhs_q, rhs_q, words, mask, probe)
+    return layout.restore(y)
+
+
+def prepare(
+    x: Float[Array, "..."],
+    recipe: str | Recipe,
+    side: str = "lhs",
+    key=None,
+    row_mask: Bool[Array, "*tokens"] | None = None,
+    *,
+    batch_dims: int = 0,
+    backend: str = "auto",
+) -> Prepared:
+    """Quantizes an operand once for several products; no gradient flows through it.
+
+    Args:
+      x: activations [*batch, *tokens, K] (`side="lhs"`) or weights [*batch, K, N] (`side="rhs"`).
+      batch_dims: leading axes that count independent matrices.
+      key, row_mask, backend: as in `dot_general`. Give every product of one layer the same key.
+
+    Returns:
+      What `dot_general` takes as `lhs_q` or `rhs_q`, under the same recipe.
+
+    Raises:
+      ValueError: an unknown side or recipe, a non-floating or empty array, too few axes, a missing key.
+    """
+    recipe = as_recipe(recipe)
+    if side not in ("lhs", "rhs"):
+        raise ValueError(f"side must be 'lhs' (activations) or 'rhs' (weights), got {side!r}")
+    if x.ndim < batch_dims + 2 or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"prepare takes a non-empty floating array of >= {batch_dims + 2} axes, got {x.dtype}{x.shape}")
+    if side == "rhs" and (row_mask is not None or x.ndim != batch_dims + 2):
+        raise ValueError(f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}")
+    backend, _ = _choose(backend, "auto")
+    words = None if key is None else key_words(key)
+    if side == "rhs":
+        fitting = _for_contractions(recipe, *x.shape[-2:])
+        return dataclasses.replace(_prepare(fitting, batch_dims, backend, None, x, words, None)[1], recipe=recipe)
+    fitting = _for_contractions(recipe, x.shape[-1], _MIN_CONTRACTION)
+    prepared = _prepare(fitting, batch_dims, backend, x, None, words, row_mask)[0]
+    named = jax.tree.map(lambda leaf: checkpoint_name(leaf, LINEAR_INPUTS), prepared)
+    return dataclasses.replace(named, recipe=recipe)
+
+
+def _apply(spec: _Spec, x, w, lhs_q, rhs_q, words, mask, probe):
+    raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
+    new_x, new_w = _prepare(spec.recipe, spec.batch_dims, spec.backend, raw_x, raw_w, words, mask)
+    return _differentiable(spec)(x, w, lhs_q or new_x, rhs_q or new_w, words, mask, probe)
+
+
+def _prepare(recipe: Recipe, batch_dims: int, backend: str, x, w, words, mask):
+    """(Prepared or None, Prepared or None), outside of differentiation."""
+    needs_key = recipe.forward_draws and (x is not None or w is not None)
+    if needs_key and words is None:
+        raise ValueError(f"recipe {recipe.name} rounds stochastically in the forward: pass key=jax.random.key(seed)")
+    x, w = lax.stop_gradient((x, w))
+    return _preparation(recipe, batch_dims, backend)(x, w, (), words, mask)
+
+
+@functools.cache
+def _differentiable(spec: _Spec):
+    """The custom VJP of one static specification."""
+
+    @jax.custom_vjp
+    def dot(x, w, xq, wq, words, mask, probe):
+        return _fprop(spec)((), wq.forward, xq.forward, words, mask)[0]
+
+    def forward(x, w, xq, wq, words, mask, probe):
+        if spec.recipe.gradient_draws and words is None:
+            name = spec.recipe.name
+            raise ValueError(
+                f"recipe {name} rounds gradients stochastically: pass key=jax.random.key(seed), or use {name}+nearest"
+            )
+        (y,) = _fprop(spec)((), wq.forward, xq.forward, words, mask)
+        return y, (xq.backward, wq.backward, words, mask, probe)
+
+    def backward(residuals, d):
+        x, w, words, mask, probe = residuals
+        dx, dw, statistics = _dgrad_and_wgrad(spec, probe is not None)(d, w, x, words, mask)
+        if statistics is not None:
+            statistics = statistics.reshape(-1, statistics.shape[-1]).sum(0)
+        return dx, dw, None, None, None, None, statistics
+
+    dot.defvjp(forward, backward)
+    return dot
+
+
+# The three stages. All take (dense, weights, prepared, words, mask), so that one rule serves them under vmap.
+
+
+@functools.cache
+def _preparation(recipe: Recipe, batch_dims: int, backend: str):
+    def stage(x, w, unused, words, mask):
+        del unused
+        quantizer = _quantizer(backend)
+        return (
+            None if x is None else prepare_tokens(x, recipe, X_SLOTS, batch_dims, words, mask, quantizer),
+            None if w is None else prepare_weights(w, recipe, batch_dims, words, quantizer),
+        )
+
+    return vmappable(stage, batch_dims, lambda dims: _preparation(recipe, dims, backend), per_token=(True, False))
+
+
+@functools.cache
+def _fprop(spec: _Spec):
+    def stage(unused, w, x, words, mask):
+        del unused, words
+        y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.gemm_dtype, spec.precision, mask)
+        return (y.astype(spec.dtype),)
+
+    return vmappable(stage, spec.batch_dims, lambda dims: _fprop(spec.with_batch_dims(dims)), per_token=(True,))
+
+
+@functools.cache
+def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
+    def stage(d, w, x, words, mask):
+        recipe, batch_dims = spec.recipe, spec.batch_dims
+        d = mask_rows(d, mask)
+        dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, _quantizer(spec.backend))
+        dx = gemms.contract_features(dq.forward, w, -1, batch_dims, spec.gemm_dtype, spec.precision, mask)
+        dw = gemms.contract_tokens(x, dq.backward, recipe, d.shape, batch_dims, spec.gemm_dtype, spec.precision, mask)
+        statistics = gradient_statistics(d, dq, recipe, batch_dims, mask) if with_statistics else None
+        return dx.astype(spec.lhs_dtype), dw.astype(spec.rhs_dtype), statistics
+
+    def again(batch_dims):
+        return _dgrad_and_wgrad(spec.with_batch_dims(batch_dims), with_statistics)
+
+    return vmappable(stage, spec.batch_dims, again, per_token=(True, False, False))
+
+
+def _for_contractions(recipe: Recipe, inputs: int, outputs: int) -> Recipe:
+    """The recipe with GEMMs that contract fewer than 16 features in high precision, as half-empty blocks gain nothing."""
+    if recipe.is_high_precision or min(inputs, outputs) >= _MIN_CONTRACTION:
+        return recipe
+    _report_high_precision(recipe.name, inputs, outputs)
+    if inputs < _MIN_CONTRACTION:
+        return Recipe(recipe.name)
+    return dataclasses.replace(recipe, dgrad=Gemm())
+
+
+@functools.cache
+def _report_high_precision(name: str, inputs: int, outputs: int) -> None:
+    """Says so once for every shape."""
+    what = "all three GEMMs" if inputs < _MIN_CONTRACTION else "dgrad"
+    _log.warning("%s: %s of a %d -> %d product in high precision (contraction below 16)", name, what, inputs, outputs)
+
+
+@functools.cache
+def _choose(backend: str, gemm: str) -> tuple[str, jnp.dtype]:
+    """The one place where implementations are chosen: the quantizer's backend and the dtype of emulated products."""
+    if backend not in ("auto", "xla", "pallas"):
+        raise ValueError(f"backend must be 'auto', 'xla' or 'pallas', got {backend!r}")
+    if gemm not in ("auto", "native", "emulated"):
+        raise ValueError(f"gemm must be 'auto', 'native' or 'emulated', got {gemm!r}")
+    if gemm == "native":
+        raise NotImplementedError(
+            "gemm='native' (FP4 tensor cores) is not built yet; 'emulated' gives the same values up to the order of additions"
+        )
+    if backend == "pallas":
+        _pallas_quantizer()
+    elif backend == "auto":
+        backend = "xla"  # until the kernels have been measured on hardware
+    dtype = gemms.emulation_dtype()
+    _log.info("quantizer: %s; products: emulated in %s with float32 accumulation", backend, dtype)
+    return backend, dtype
+
+
+@functools.cache
+def _quantizer(backend: str):
+    """The function that quantizes blocks, with the signature of `numerics.quantize_blocks`."""
+    return quantize_blocks if backend == "xla" else _pallas_quantizer()
+
+
+def _pallas_quantizer():
+    from pallas_kernels import quantize as kernels  # imported on demand: it needs Mosaic GPU
+
+    reason = kernels.unsupported_reason()
+    if reason:
+        raise NotImplementedError(f"backend='pallas': {reason}; use backend='xla', which gives the same bits anywhere")
+    _log.info("backend='pallas': 1x16 blocks along rows by the kernel, other blocks by XLA")
+
+    def quantize(x, format, *, axes, pack_axis, batch_dims=0, words=None):
+        if axes == (-1,):
+            return kernels.quantize_rows(x, format, batch_dims=batch_dims, words=words)
+        return quantize_blocks(x, format, axes=axes, pack_axis=pack_axis, batch_dims=batch_dims, words=words)
+
+    return quantize
+
+
+def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe) -> None:
+    check_operands(lhs, rhs, dimension_numbers, row_mask)
+    check_canonical(lhs, rhs, dimension_numbers, lhs_q is not None, rhs_q is not None)
+    for name, prepared in (("lhs_q", lhs_q), ("rhs_q", rhs_q)):
+        if prepared is not None and prepared.recipe != recipe:
+            was = prepared.recipe.name if prepared.recipe else None
+            raise ValueError(f"{name} was prepared for recipe {was}, this product has {recipe.name}: prepare it for that")
+    if probe is not None and (probe.shape != (len(GRADIENT_STATISTICS),) or probe.dtype != jnp.float32):
+        raise ValueError(
+            f"probe must be float32[{len(GRADIENT_STATISTICS)}] (fp4jax.GRADIENT_STATISTICS), "
+            f"got {probe.dtype}{list(probe.shape)}"
+        )

@@ -1,0 +1,44 @@
+"""Mean-residual splitting: X = 1 c + (X - 1 c) for any row c, over the axes that hold tokens.
+
+Source: "The Curse and Blessing of Mean Bias in FP4-Quantized LLM Training", arXiv 2603.10444, equations 9-12. The mean is taken
+over real rows only; masked rows belong neither to the mean nor to the residual.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+
+def column_mean(
+    x: Float[Array, "*shape"], axes: tuple[int, ...], row_mask: Bool[Array, "*rows"] | None = None
+) -> Float32[Array, "*mean"]:
+    """Mean of every column over the rows along `axes` (kept with size 1), accumulated in float32.
+
+    Args:
+      x: [*batch, *tokens, features].
+      axes: the token axes to average over.
+      row_mask: [*batch, *tokens], True for real rows; without a real row the mean is zero.
+    """
+    x = mask_rows(x.astype(jnp.float32), row_mask)
+    return jnp.sum(x, axis=axes, keepdims=True) / row_count(x.shape, axes, row_mask)
+
+
+def row_count(shape: tuple[int, ...], axes: tuple[int, ...], row_mask=None) -> Float32[Array, "..."]:
+    """Number of real rows along `axes` (at least 1 where a mask is given), broadcastable to the mean."""
+    if row_mask is None:
+        count = 1
+        for axis in axes:
+            count *= shape[axis]
+        return jnp.full([1] * len(shape), count, jnp.float32)
+    return jnp.maximum(jnp.sum(row_mask[..., None].astype(jnp.float32), axis=axes, keepdims=True), 1.0)
+
+
+def residual(
+    x: Float[Array, "*shape"], center: Float32[Array, "*mean"], row_mask: Bool[Array, "*rows"] | None = None
+) -> Float32[Array, "*shape"]:
+    """X - 1 c in float32; masked rows are zero."""
+    return mask_rows(x.astype(jnp.float32) - center, row_mask)
+
+
+def mask_rows(x: Float[Array, "*shape"], row_mask: Bool[Array, "*rows"] | None) -> Float[Array, "*shape"]:
+    """`x` with its masked rows set to zero."""
+    return x if row_mask is None else jnp.where(row_mask[..., None], x, jnp.zeros((), x.dtype))

@@ -1,0 +1,83 @@
+"""Sums and counts over a quantized gradient: what travels as the cotangent of `probe`.
+
+Only sums, so that microbatches and scanned layers may add them up; ratios are taken by whoever reads them.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+from fp4jax.numerics import QTensor, hadamard, residual, rounding
+from fp4jax.prepare import Part, Prepared, dequantize
+from fp4jax.recipes import Center, Recipe
+
+# Energies are sums of squares; "noise" is the energy of a residual's quantization error, in the transformed domain where the
+# operand has a Hadamard transform. The four code and scale counts are of the dgrad copy.
+GRADIENT_STATISTICS = (
+    "rows",
+    "energy",
+    "mean_energy",
+    "dgrad_noise",
+    "wgrad_noise",
+    "zero_codes",
+    "largest_codes",
+    "zero_scales",
+    "largest_scales",
+)
+
+
+def gradient_statistics(d, prepared: Prepared, recipe: Recipe, batch_dims: int, row_mask) -> Float32[Array, "*batch s"]:
+    """The statistics of one output gradient [*batch, *tokens, N] and its prepared copies, in the order above.
+
+    Counts of codes and scales are zero for a copy in high precision; so is its noise.
+    """
+    axes = tuple(range(batch_dims, d.ndim))
+    d = d.astype(jnp.float32)
+    rows = jnp.ones(d.shape[:-1], jnp.float32) if row_mask is None else row_mask.astype(jnp.float32)
+    rows = jnp.sum(rows, axis=axes[:-1])
+    parts = (prepared.forward, prepared.backward)
+    mean = next((dequantize(part.mean) for part in parts if part.mean is not None), None)
+    mean_energy = jnp.zeros_like(rows) if mean is None else _energy(mean, axes) * rows / _means(mean, axes)
+    noises = [
+        _noise(d, part, operand, axis, axes, row_mask)
+        for part, operand, axis in zip(parts, (recipe.dgrad.lhs, recipe.wgrad.rhs), (-1, -2), strict=True)
+    ]
+    return jnp.stack([rows, _energy(d, axes), mean_energy, *noises, *_counts(parts[0].residual, rows, axes)], axis=-1)
+
+
+def _energy(x, axes):
+    return jnp.sum(jnp.square(x), axis=axes)
+
+
+def _means(mean, axes) -> float:
+    """Number of means in a matrix (sequences, where every sequence has its own)."""
+    count = 1
+    for axis in axes[:-1]:
+        count *= mean.shape[axis]
+    return float(count)
+
+
+def _noise(d, part: Part, operand, axis: int, axes, row_mask):
+    if not isinstance(part.residual, QTensor):
+        return jnp.zeros(d.shape[: axes[0]], jnp.float32)
+    if operand.split:
+        center = dequantize(part.mean) if operand.split.center is Center.QUANTIZED_MEAN else None
+        center = jnp.mean(d, axis=axes[:-1], keepdims=True) if center is None else center
+        d = residual(d, center, row_mask)
+    quantized = part.residual.values(padded=(axis,)) * part.residual.tensor_scale
+    widths = [(0, quantized.shape[i] - d.shape[i], 0) for i in range(d.ndim)]
+    d = lax.pad(d, jnp.zeros((), d.dtype), widths)
+    return _energy(quantized - (hadamard(d, axis) if operand.hadamard else d), axes)
+
+
+def _counts(value, rows, axes):
+    if not isinstance(value, QTensor):
+        return [jnp.zeros_like(rows)] * 4
+    format = value.format
+    largest_code = len(format.element.magnitudes) - 1
+    codes = rounding.unpack(value.codes, value.axis) & largest_code
+    codes = lax.slice(codes, [0] * codes.ndim, value.shape)
+    scales = lax.bitcast_convert_type(value.scales, jnp.uint8)
+    largest_scale = len(format.scale.magnitudes) - 1
+    found = (codes == 0, codes == largest_code, scales == 0, scales == largest_scale)
+    return [jnp.sum(what, axis=axes, dtype=jnp.float32) for what in found]
