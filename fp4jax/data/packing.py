@@ -1,0 +1,58 @@
+"""Packing: documents' tokens become one stream, and the stream becomes rows of one length.
+
+    documents    a a a a a   b b   c c c
+    stream       a a a a a # b b # c c c #              # is end-of-text, once after every document
+    rows, T = 4  a a a a a | a # b b # | # c c c #      T + 1 tokens: row[:-1] are inputs, row[1:] their targets
+
+Long documents are split over rows and short ones share a row, so no position is padding. A row begins with the token
+that the row before it ended with, as a target there and as an input here: along the stream every token but the first
+is a target exactly once. Only the tail that fills no whole row is left out, fewer than T tokens.
+
+Because rows are cut from the stream when they are read, one tokenized corpus serves every sequence length.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32, Shaped, UInt
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type a token stream is stored in: the smallest unsigned little-endian one for every id below `vocab_size`."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def concatenate(documents: Sequence[Sequence[int]], end_of_text: int, dtype: np.dtype) -> UInt[np.ndarray, " tokens"]:
+    """Joins documents' token ids, with `end_of_text` after every document: len = sum(len(document) + 1)."""
+    ends = np.cumsum([len(document) + 1 for document in documents], dtype=np.int64)
+    stream = np.empty(ends[-1] if len(ends) else 0, dtype)
+    for document, end in zip(documents, ends, strict=True):
+        stream[end - 1 - len(document) : end - 1] = document
+        stream[end - 1] = end_of_text
+    return stream
+
+
+class PackedRows:
+    """The rows of a token stream, by index: a random-access source for Grain over a (memory-mapped) stream."""
+
+    def __init__(self, stream: Shaped[np.ndarray, " tokens"], seq_len: int):
+        if seq_len < 1:
+            raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+        self._stream = stream
+        self._seq_len = seq_len
+
+    def __len__(self) -> int:
+        # Row i reads tokens i*T to (i+1)*T inclusive, so N tokens make (N - 1) // T rows.
+        return max(len(self._stream) - 1, 0) // self._seq_len
+
+    @property
+    def tokens_left_out(self) -> int:
+        """Tokens after the last whole row: fewer than seq_len, or all of a stream too short for one row."""
+        return len(self._stream) - (len(self) * self._seq_len + 1) if len(self) else len(self._stream)
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, " row"]:
+        """Returns row `index`, seq_len + 1 tokens, as a copy; raises IndexError outside."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start = int(index) * self._seq_len
+        return self._stream[start : start + self._seq_len + 1].astype(np.int32)

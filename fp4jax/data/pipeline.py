@@ -1,0 +1,266 @@
+"""The pipeline: from `config.data` to batches.
+
+    shards → documents → tokens (cached) → rows → Grain: permute every epoch, take this process's rows, batch, read
+    ahead
+
+Global batch b holds the rows b*B to (b+1)*B - 1 of one endless sequence of permuted epochs; process p of P reads the
+p-th of P equal blocks of them. So the sequence of global batches depends on the corpus, the tokenizer, seq_len,
+batch_size and the seed, never on how many processes read it, and one integer is the whole position: a run resumes bit
+for bit on any number of processes.
+"""
+
+import os
+from typing import Any
+
+import grain
+import ml_collections
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from fp4jax.data.cache import tokenized_corpus
+from fp4jax.data.corpus import SplitFacts
+from fp4jax.data.documents import SPLITS
+from fp4jax.data.errors import DataError
+from fp4jax.data.packing import PackedRows
+from fp4jax.data.shards import find_shards
+from fp4jax.data.statistics import DatasetStats
+from fp4jax.data.tokenizers import load_tokenizer
+
+Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
+
+ENDLESS = 1 << 40
+"""Batches of training data: more than any run reads, and few enough that an index of a row fits 64 bits."""
+
+
+def open_dataset(
+    data_config: ml_collections.ConfigDict,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    split: str = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Dataset":
+    """Opens one split of a corpus; tokenizes the corpus if the cache does not hold it yet.
+
+    Args:
+      data_config: `config.data`: source, tokenizer, validation_fraction, text_key, max_bad_fraction, prefetch.
+      seq_len: tokens in a row, T.
+      batch_size: rows in a global batch, B, over all processes.
+      seed: decides the order of the training rows; the validation rows have one order whatever it is.
+      split: "train" or "validation".
+      process_index: which of the processes this is, from 0 (`jax.process_index()`).
+      process_count: processes that share every global batch.
+
+    Raises:
+      DataError: the settings, the shards, the tokenizer or the cache cannot be used; one line says which, why, and
+        what to do.
+    """
+    _check_settings(data_config, seq_len, batch_size, seed, split, process_index, process_count)
+    shards = find_shards(data_config.source)
+    tokenizer = load_tokenizer(data_config.tokenizer)
+    corpus = tokenized_corpus(
+        shards,
+        tokenizer,
+        text_key=data_config.text_key,
+        validation_fraction=float(data_config.validation_fraction),
+        max_bad_fraction=float(data_config.max_bad_fraction),
+    )
+    facts = corpus.splits[split]
+    rows = PackedRows(corpus.stream(split), seq_len)
+    if not len(rows):
+        raise _too_small(data_config, split, facts, seq_len)
+    stats = DatasetStats(
+        source=str(data_config.source),
+        split=split,
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text,
+        shards=len(shards),
+        documents=facts.documents,
+        tokens=facts.tokens,
+        rows=len(rows),
+        tokens_left_out=rows.tokens_left_out,
+        bad_lines=corpus.bad_lines.bad,
+        bad_lines_report=corpus.bad_lines.describe(),
+        unigram_entropy=facts.unigram_entropy,
+    )
+    # What decides the sequence of global batches: a saved position means nothing in another sequence.
+    sequence = {"split": split, "corpus": facts.digest[:32], "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+    return Dataset(rows, stats, sequence, (process_index, process_count), data_config.prefetch)
+
+
+class Dataset:
+    """One split of a tokenized corpus, read in batches; made by `open_dataset`.
+
+    Attributes:
+      stats: what the split holds.
+    """
+
+    def __init__(
+        self, rows: PackedRows, stats: DatasetStats, sequence: dict[str, Any], process: tuple[int, int], prefetch: int
+    ):
+        self.stats = stats
+        self._rows = rows
+        self._sequence = sequence
+        self._process_index, self._process_count = process
+        self._prefetch = prefetch
+
+    def batches(self, start_position: dict[str, Any] | None = None) -> "BatchIterator":
+        """Iterates over this process's part of the global batches.
+
+        A batch is a dict of arrays of B / process_count rows: `tokens` and `targets` int32 [B, T], and `loss_mask`
+        float32 [B, T], 1 where the target is real. Training never ends: each epoch is a new permutation of all rows,
+        and a batch may span two epochs, so every row is read once in each. Validation is one pass in a fixed shuffled
+        order, so that a few batches are a fair sample of it; its last batch is filled up with rows of token 0 whose
+        mask is 0.
+
+        Args:
+          start_position: an iterator's `get_state()`, to go on where it was.
+
+        Raises:
+          DataError: `start_position` belongs to another sequence of batches.
+        """
+        iterator = BatchIterator(self._grain_dataset(), self._sequence, self._prefetch)
+        if start_position is not None:
+            iterator.set_state(start_position)
+        return iterator
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises DataError if a model with `vocab_size` embeddings cannot take every token of this tokenizer."""
+        if vocab_size < self.stats.vocab_size:
+            raise DataError(
+                f"model.vocab_size={vocab_size:,} is smaller than the {self.stats.vocab_size:,} tokens of tokenizer "
+                f"{self.stats.tokenizer!r}; set model.vocab_size to at least that, or choose another data.tokenizer"
+            )
+
+    def describe(self, total_tokens_of_run: int) -> list[str]:
+        """Lines for the top of a log: what is read, and how often a run of `total_tokens_of_run` tokens repeats it."""
+        stats, seq_len = self.stats, self._sequence["seq_len"]
+        epochs = total_tokens_of_run / (stats.rows * seq_len)
+        lines = [
+            f"{stats.split} data: {stats.source}, {stats.shards:,} shards, {stats.documents:,} documents, "
+            f"{stats.tokens:,} tokens (tokenizer {stats.tokenizer}, {stats.vocab_size:,} entries), "
+            f"{stats.rows:,} rows of {seq_len:,}",
+            f"the run reads {total_tokens_of_run:,} tokens: this data {epochs:.2f} times over",
+            f"unigram entropy {stats.unigram_entropy:.3f} nats a token: a loss below it was learned from context",
+        ]
+        return [*lines, stats.bad_lines_report] if stats.bad_lines else lines
+
+    def _grain_dataset(self) -> grain.MapDataset:
+        batch_size, train = self._sequence["batch_size"], self.stats.split == "train"
+        local_batch_size = batch_size // self._process_count
+        offset = self._process_index * local_batch_size
+        # Grain adds the epoch's number to its seed; hashed, seed 1 does not begin with the second epoch of seed 0.
+        grain_seed = np.random.SeedSequence(self._sequence["seed"] if train else 0).generate_state(1)[0]
+        rows = grain.MapDataset.source(self._rows).shuffle(seed=int(grain_seed))
+        if train:
+            rows = rows.repeat()
+        batch_count = ENDLESS if train else -(-len(rows) // batch_size)
+        padding = np.zeros(self._sequence["seq_len"] + 1, np.int32)
+
+        def example(local_index: int) -> dict[str, np.ndarray]:
+            batch, index_in_batch = divmod(local_index, local_batch_size)
+            index = batch * batch_size + offset + index_in_batch
+            real = index < len(rows)
+            row = rows[index] if real else padding
+            return {"tokens": row[:-1], "targets": row[1:], "loss_mask": np.full(len(row) - 1, real, np.float32)}
+
+        return grain.MapDataset.range(batch_count * local_batch_size).map(example).batch(local_batch_size)
+
+
+class BatchIterator:
+    """Batches in order, with an exact position: batches that threads have read ahead do not count."""
+
+    def __init__(self, dataset: grain.MapDataset, sequence: dict[str, Any], prefetch: int):
+        self._sequence = sequence
+        self._length = len(dataset)
+        options = grain.ReadOptions(num_threads=min(prefetch, os.cpu_count() or 1), prefetch_buffer_size=prefetch)
+        self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position: a few numbers and strings, for JSON. It is the same on every process."""
+        return {"next_batch": self._iterator.get_state()["next_index"], **self._sequence}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave, here or in another process.
+
+        Raises:
+          DataError: it is a position in another sequence of batches, or beyond the end of this one.
+        """
+        if not isinstance(state, dict) or set(state) != {"next_batch", *self._sequence}:
+            raise DataError(
+                f"data position {state!r} was not made by this data pipeline; start anew in an empty workdir"
+            )
+        differences = [
+            f"{name} {state[name]!r} → {value!r}" for name, value in self._sequence.items() if state[name] != value
+        ]
+        if differences:
+            raise DataError(
+                f"the data position was saved with other data or settings ({', '.join(differences)}); "
+                "restore them, or start anew in an empty workdir"
+            )
+        if not isinstance(state["next_batch"], int) or not 0 <= state["next_batch"] <= self._length:
+            raise DataError(
+                f"data position {state['next_batch']!r} is outside the {self._length:,} batches of this data"
+            )
+        self._iterator.set_state({"next_index": state["next_batch"]})
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._iterator.close()
+
+
+def _too_small(data_config: ml_collections.ConfigDict, split: str, facts: SplitFacts, seq_len: int) -> DataError:
+    remedy = "give more text or a smaller seq_len"
+    if split == "validation":
+        remedy = f"raise data.validation_fraction={data_config.validation_fraction:g}, {remedy}"
+    return DataError(
+        f"the {split} split of {str(data_config.source)!r} holds {facts.tokens:,} tokens "
+        f"in {facts.documents:,} documents, fewer than the {seq_len + 1:,} of one row; {remedy}"
+    )
+
+
+def _check_settings(
+    data_config: ml_collections.ConfigDict,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    split: str,
+    process_index: int,
+    process_count: int,
+) -> None:
+    """Raises DataError for the first setting that is out of range."""
+    requirements = [
+        (split in SPLITS, f"split is {split!r}; it must be one of {', '.join(SPLITS)}"),
+        (seq_len >= 1, f"seq_len is {seq_len}; it must be at least 1"),
+        (batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1"),
+        (seed >= 0, f"seed is {seed}; it must not be negative"),
+        (
+            process_count >= 1 and 0 <= process_index < process_count,
+            f"process_index is {process_index} of {process_count} processes; it must be from 0 to process_count - 1",
+        ),
+        (
+            process_count < 1 or batch_size % process_count == 0,
+            f"batch_size is {batch_size}; it must be a multiple of the {process_count} processes",
+        ),
+        (
+            0 <= data_config.validation_fraction < 1,
+            f"data.validation_fraction is {data_config.validation_fraction}; it must be from 0 to below 1",
+        ),
+        (
+            0 <= data_config.max_bad_fraction <= 1,
+            f"data.max_bad_fraction is {data_config.max_bad_fraction}; it must be from 0 to 1",
+        ),
+        (data_config.prefetch >= 0, f"data.prefetch is {data_config.prefetch} batches; it must not be negative"),
+    ]
+    for met, message in requirements:
+        if not met:
+            raise DataError(message)

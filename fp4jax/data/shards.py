@@ -1,0 +1,138 @@
+"""Shards: which files a `source` names, and the lines inside a compressed one.
+
+A shard is a file of JSON lines, as the DCLM corpus is published: `shard_00000000_processed.jsonl.zst`, one object a
+line. Shards are read as a stream in pieces of at most `READ_BYTES` compressed bytes, so a shard of any size costs the
+same memory.
+
+A truncated zstd frame is not an error to the usual stream readers: they stop early and the rest of the corpus is
+missing without a word. Here every frame must reach its end.
+"""
+
+import glob
+import gzip
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+import zstandard
+
+from fp4jax.data.errors import DataError
+
+EMBEDDED_FOLDER = pathlib.Path(__file__).parent / "embedded"
+"""The corpus and the tokenizer that the package ships; `embedded/README.md` tells where they come from."""
+
+SUFFIXES = (".jsonl.zst", ".jsonl.zstd", ".jsonl.gz", ".jsonl")
+READ_BYTES = 1 << 16
+# zstd refuses windows over 128 MiB unless told otherwise; shards compressed with `zstd --long=31` need 2 GiB.
+MAX_WINDOW_BYTES = 1 << 31
+
+
+def find_shards(source: str | os.PathLike) -> list[pathlib.Path]:
+    """Lists the shards that `source` names, sorted by path.
+
+    Args:
+      source: "embedded"; a folder, searched recursively; one shard; or a glob, in which `**` crosses folders.
+
+    Raises:
+      DataError: nothing is there, nothing there is a shard, or a file named explicitly is of another kind.
+    """
+    if str(source) == "embedded":
+        return _shards_in(EMBEDDED_FOLDER)
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return _shards_in(path)
+    if path.is_file():
+        matches = [path]
+    else:
+        matches = sorted(p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not matches:
+        raise DataError(
+            f"data source {str(source)!r}: no such file or folder, and no file matches it as a glob; "
+            f"give 'embedded', a folder, or a glob of {'/'.join(SUFFIXES)} files"
+        )
+    for match in matches:
+        if not match.name.endswith(SUFFIXES):
+            raise DataError(
+                f"data source {str(source)!r}: {match} is not a shard; accepted are {'/'.join(SUFFIXES)} files"
+            )
+    return matches
+
+
+def _shards_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    # glob, unlike Path.rglob, follows links to folders: large corpora are often linked into place.
+    files = (pathlib.Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True))
+    shards = sorted(file for file in files if file.name.endswith(SUFFIXES) and file.is_file())
+    if not shards:
+        raise DataError(
+            f"data source {str(folder)!r}: the folder holds no shard; "
+            f"put {'/'.join(SUFFIXES)} files in it, or in folders below"
+        )
+    return shards
+
+
+def read_lines(shard: pathlib.Path) -> Iterator[bytes]:
+    """Yields the lines of a shard as bytes, without the line feed, in order and in bounded memory.
+
+    Raises:
+      DataError: the file cannot be read, is not of the kind its name says, is damaged, or ends before its compressed
+        data does.
+    """
+    line_count = 0
+    unfinished: list[bytes] = []
+    try:
+        for piece in _decompress(shard):
+            *lines, rest = piece.split(b"\n")
+            if lines:
+                lines[0] = b"".join([*unfinished, lines[0]])
+                unfinished.clear()
+                line_count += len(lines)
+                yield from lines
+            unfinished.append(rest)
+        if last := b"".join(unfinished):
+            yield last
+    except (zstandard.ZstdError, gzip.BadGzipFile, zlib.error) as error:
+        what = (
+            "is not a compressed file of the kind its name says"
+            if line_count == 0
+            else f"is damaged after line {line_count}"
+        )
+        raise DataError(f"shard {shard} {what} ({_one_line(error)}); download it again or remove it") from error
+    except EOFError as error:
+        raise DataError(
+            f"shard {shard} is truncated: its compressed data ends early, after line {line_count}; "
+            "download it again or remove it"
+        ) from error
+    except OSError as error:
+        raise DataError(f"shard {shard} cannot be read ({error.strerror or _one_line(error)})") from error
+
+
+def _decompress(shard: pathlib.Path) -> Iterator[bytes]:
+    """Yields the decompressed bytes; raises EOFError where compressed data stops in the middle."""
+    if shard.suffix == ".gz":
+        if not shard.stat().st_size:
+            raise EOFError  # the gzip module takes an empty file for a whole one
+        with gzip.open(shard, "rb") as file:
+            while piece := file.read(READ_BYTES):
+                yield piece
+        return
+    with open(shard, "rb") as file:
+        if shard.suffix not in (".zst", ".zstd"):
+            while piece := file.read(READ_BYTES):
+                yield piece
+            return
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        frame = decompressor.decompressobj()
+        while compressed := file.read(READ_BYTES):
+            # A file may be several frames, one after the other: that is how parallel compressors write.
+            while compressed:
+                if frame.eof:
+                    frame = decompressor.decompressobj()
+                yield frame.decompress(compressed)
+                compressed = frame.unused_data
+        if not frame.eof:
+            raise EOFError
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

