@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float
 from fp4jax import gemm as gemms
 from fp4jax.batching import vmappable
 from fp4jax.canonical import canonicalize, check_canonical, check_operands, result_type
+from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
 from fp4jax.numerics import key_words, mask_rows, quantize_blocks
-from fp4jax.prepare import D_SLOTS, X_SLOTS, Prepared, prepare_tokens, prepare_weights
+from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Quantizer, prepare_tokens, prepare_weights
 from fp4jax.recipes import Gemm, Recipe, as_recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
 
@@ -46,7 +47,7 @@ class _Spec:
     rhs_dtype: jnp.dtype
     gemm_dtype: jnp.dtype
     precision: object
-    backend: str
+    quantizer: Quantizer
 
     def with_batch_dims(self, batch_dims: int) -> "_Spec":
         return dataclasses.replace(self, batch_dims=batch_dims)
@@ -94,26 +95,27 @@ def dot_general(
     """
     recipe = as_recipe(recipe)
     _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
-    backend, gemm_dtype = _choose(backend, gemm)
+    quantizer, gemm_dtype = _choose(backend, gemm)
     if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
-    x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
-    spec = _Spec(
-        recipe=_for_contractions(recipe, x.shape[-1], w.shape[-1]),
-        batch_dims=layout.batch_dims,
-        dtype=result_type(lhs, rhs, dimension_numbers, preferred_element_type).dtype,
-        lhs_dtype=x.dtype,
-        rhs_dtype=w.dtype,
-        gemm_dtype=gemm_dtype,
-        precision=precision,
-        backend=backend,
-    )
-    mask = None if row_mask is None else layout.row_mask(row_mask)
+    result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
+
+    def product(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe):
+        x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
+        spec = _Spec(
+            recipe=_for_contractions(recipe, x.shape[-1], w.shape[-1]), batch_dims=layout.batch_dims,
+            dtype=result.dtype, lhs_dtype=x.dtype, rhs_dtype=w.dtype, gemm_dtype=gemm_dtype, precision=precision,
+            quantizer=quantizer,
+        )  # fmt: skip
+        mask = None if row_mask is None else layout.row_mask(row_mask)
+        return layout.restore(_apply(spec, x, w, lhs_q, rhs_q, words, mask, probe))
+
+    mesh = explicit_mesh(lhs, rhs)
     words = None if key is None else key_words(key)
-    y = _apply(spec, x, w, lhs_q, rhs_q, words, mask, probe)
-    return layout.restore(y)
+    y = with_auto_axes(product, mesh, result.sharding)(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
+    return lax.with_sharding_constraint(y, out_sharding) if out_sharding is not None and mesh is None else y
 
 
 def prepare(
@@ -121,7 +123,7 @@ def prepare(
     recipe: str | Recipe,
     side: str = "lhs",
     key=None,
-    row_mask: Bool[Array, "*tokens"] | None = None,
+    row_mask: Bool[Array, "..."] | None = None,
     *,
     batch_dims: int = 0,
     backend: str = "auto",
@@ -140,36 +142,42 @@ def prepare(
       ValueError: an unknown side or recipe, a non-floating or empty array, too few axes, a missing key.
     """
     recipe = as_recipe(recipe)
-    if side not in ("lhs", "rhs"):
+    if side not in _SIDES:
         raise ValueError(f"side must be 'lhs' (activations) or 'rhs' (weights), got {side!r}")
+    is_lhs = _SIDES[side]
     if x.ndim < batch_dims + 2 or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"prepare takes a non-empty floating array of >= {batch_dims + 2} axes, got {x.dtype}{x.shape}")
-    if side == "rhs" and (row_mask is not None or x.ndim != batch_dims + 2):
+    if not is_lhs and (row_mask is not None or x.ndim != batch_dims + 2):
         raise ValueError(f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}")
-    backend, _ = _choose(backend, "auto")
-    words = None if key is None else key_words(key)
-    if side == "rhs":
-        fitting = _for_contractions(recipe, *x.shape[-2:])
-        return dataclasses.replace(_prepare(fitting, batch_dims, backend, None, x, words, None)[1], recipe=recipe)
-    fitting = _for_contractions(recipe, x.shape[-1], _MIN_CONTRACTION)
-    prepared = _prepare(fitting, batch_dims, backend, x, None, words, row_mask)[0]
-    named = jax.tree.map(lambda leaf: checkpoint_name(leaf, LINEAR_INPUTS), prepared)
-    return dataclasses.replace(named, recipe=recipe)
+    quantizer, _ = _choose(backend, "auto")
+    fitting = _for_contractions(recipe, *(x.shape[-1], _MIN_CONTRACTION) if is_lhs else x.shape[-2:])
+
+    def preparation(x, words, row_mask):
+        pair = (x, None) if is_lhs else (None, x)
+        return _prepare(fitting, batch_dims, quantizer, *pair, words, row_mask)[0 if is_lhs else 1]
+
+    args = (x, None if key is None else key_words(key), row_mask)
+    mesh = explicit_mesh(x)
+    specs = None if mesh is None else specs_like(x, jax.eval_shape(preparation, *args), mesh)
+    prepared = with_auto_axes(preparation, mesh, specs)(*args)
+    if is_lhs:
+        prepared = jax.tree.map(lambda leaf: checkpoint_name(leaf, LINEAR_INPUTS), prepared)
+    return dataclasses.replace(prepared, recipe=recipe)
 
 
 def _apply(spec: _Spec, x, w, lhs_q, rhs_q, words, mask, probe):
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
-    new_x, new_w = _prepare(spec.recipe, spec.batch_dims, spec.backend, raw_x, raw_w, words, mask)
+    new_x, new_w = _prepare(spec.recipe, spec.batch_dims, spec.quantizer, raw_x, raw_w, words, mask)
     return _differentiable(spec)(x, w, lhs_q or new_x, rhs_q or new_w, words, mask, probe)
 
 
-def _prepare(recipe: Recipe, batch_dims: int, backend: str, x, w, words, mask):
+def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words, mask):
     """(Prepared or None, Prepared or None), outside of differentiation."""
     needs_key = recipe.forward_draws and (x is not None or w is not None)
     if needs_key and words is None:
         raise ValueError(f"recipe {recipe.name} rounds stochastically in the forward: pass key=jax.random.key(seed)")
     x, w = lax.stop_gradient((x, w))
-    return _preparation(recipe, batch_dims, backend)(x, w, (), words, mask)
+    return _preparation(recipe, batch_dims, quantizer)(x, w, (), words, mask)
 
 
 @functools.cache
@@ -204,16 +212,15 @@ def _differentiable(spec: _Spec):
 
 
 @functools.cache
-def _preparation(recipe: Recipe, batch_dims: int, backend: str):
+def _preparation(recipe: Recipe, batch_dims: int, quantizer: Quantizer):
     def stage(x, w, unused, words, mask):
         del unused
-        quantizer = _quantizer(backend)
         return (
             None if x is None else prepare_tokens(x, recipe, X_SLOTS, batch_dims, words, mask, quantizer),
             None if w is None else prepare_weights(w, recipe, batch_dims, words, quantizer),
         )
 
-    return vmappable(stage, batch_dims, lambda dims: _preparation(recipe, dims, backend), per_token=(True, False))
+    return vmappable(stage, batch_dims, lambda dims: _preparation(recipe, dims, quantizer), per_token=(True, False))
 
 
 @functools.cache
@@ -231,7 +238,7 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
     def stage(d, w, x, words, mask):
         recipe, batch_dims = spec.recipe, spec.batch_dims
         d = mask_rows(d, mask)
-        dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, _quantizer(spec.backend))
+        dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer)
         dx = gemms.contract_features(dq.forward, w, -1, batch_dims, spec.gemm_dtype, spec.precision, mask)
         dw = gemms.contract_tokens(x, dq.backward, recipe, d.shape, batch_dims, spec.gemm_dtype, spec.precision, mask)
         statistics = gradient_statistics(d, dq, recipe, batch_dims, mask) if with_statistics else None
@@ -261,45 +268,45 @@ def _report_high_precision(name: str, inputs: int, outputs: int) -> None:
 
 
 @functools.cache
-def _choose(backend: str, gemm: str) -> tuple[str, jnp.dtype]:
-    """The one place where implementations are chosen: the quantizer's backend and the dtype of emulated products."""
-    if backend not in ("auto", "xla", "pallas"):
-        raise ValueError(f"backend must be 'auto', 'xla' or 'pallas', got {backend!r}")
-    if gemm not in ("auto", "native", "emulated"):
-        raise ValueError(f"gemm must be 'auto', 'native' or 'emulated', got {gemm!r}")
-    if gemm == "native":
-        raise NotImplementedError(
-            "gemm='native' (FP4 tensor cores) is not built yet; 'emulated' gives the same values up to the order of additions"
-        )
-    if backend == "pallas":
-        _pallas_quantizer()
-    elif backend == "auto":
-        backend = "xla"  # until the kernels have been measured on hardware
-    dtype = gemms.emulation_dtype()
-    _log.info("quantizer: %s; products: emulated in %s with float32 accumulation", backend, dtype)
-    return backend, dtype
+def _choose(backend: str, gemm: str) -> tuple[Quantizer, jnp.dtype]:
+    """The one place where implementations are chosen: the quantizer, and the dtype of emulated products."""
+    for name, value, table in (("backend", backend, _QUANTIZERS), ("gemm", gemm, _PRODUCTS)):
+        if value not in table:
+            raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
+    quantizer, dtype = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
+    _log.info("quantizer %s: %s; products: emulated in %s, accumulated in float32", backend, quantizer.__name__, dtype)
+    return quantizer, dtype
 
 
-@functools.cache
-def _quantizer(backend: str):
-    """The function that quantizes blocks, with the signature of `numerics.quantize_blocks`."""
-    return quantize_blocks if backend == "xla" else _pallas_quantizer()
+def _xla_quantizer() -> Quantizer:
+    return quantize_blocks
 
 
-def _pallas_quantizer():
-    from pallas_kernels import quantize as kernels  # imported on demand: it needs Mosaic GPU
+def _pallas_quantizer() -> Quantizer:
+    from pallas_kernels import quantize as kernels  # on demand: it needs Mosaic GPU
 
     reason = kernels.unsupported_reason()
     if reason:
-        raise NotImplementedError(f"backend='pallas': {reason}; use backend='xla', which gives the same bits anywhere")
-    _log.info("backend='pallas': 1x16 blocks along rows by the kernel, other blocks by XLA")
+        raise NotImplementedError(f"backend='pallas': {reason}; backend='xla' gives the same bits on any device")
 
-    def quantize(x, format, *, axes, pack_axis, batch_dims=0, words=None):
+    def rows_by_kernel_others_by_xla(x, format, *, axes, pack_axis, batch_dims=0, words=None):
         if axes == (-1,):
             return kernels.quantize_rows(x, format, batch_dims=batch_dims, words=words)
         return quantize_blocks(x, format, axes=axes, pack_axis=pack_axis, batch_dims=batch_dims, words=words)
 
-    return quantize
+    return rows_by_kernel_others_by_xla
+
+
+def _native_product():
+    raise NotImplementedError(
+        "gemm='native' (FP4 tensor cores) is not built yet; gemm='emulated' gives the same values up to the order of additions"
+    )
+
+
+# "auto" quantizes by XLA everywhere until the kernels have been measured on hardware.
+_QUANTIZERS = {"auto": _xla_quantizer, "xla": _xla_quantizer, "pallas": _pallas_quantizer}
+_PRODUCTS = {"auto": gemms.emulation_dtype, "emulated": gemms.emulation_dtype, "native": _native_product}
+_SIDES = {"lhs": True, "rhs": False}
 
 
 def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe) -> None:

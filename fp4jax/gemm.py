@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from fp4jax.numerics import QTensor, row_count
-from fp4jax.prepare import Part, dequantize, mean_axes
+from fp4jax.operands import Part, dequantize, mean_axes
 from fp4jax.recipes import Recipe
 
 
@@ -123,11 +123,14 @@ def emulation_dtype() -> jnp.dtype:
     Both give the same result up to the order of additions. CPUs are judged by their instruction set and not by a
     measurement, so that the same machine repeats the same run bit for bit.
     """
-    if jax.default_backend() != "cpu":
-        return jnp.dtype(jnp.bfloat16)
+    units = {"cpu": _cpu_has_bfloat16_units}.get(jax.default_backend(), lambda: True)
+    return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
+
+
+def _cpu_has_bfloat16_units() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((line for line in file if line.startswith("flags")), "").split()
     except OSError:  # not Linux: nothing is known of its units
-        flags = []
-    return jnp.dtype(jnp.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(flags) else jnp.float32)
+        return False
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags))

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from fp4jax.numerics import QTensor, hadamard, residual, rounding
-from fp4jax.prepare import Part, Prepared, dequantize
+from fp4jax.operands import Part, Prepared, dequantize
 from fp4jax.recipes import Center, Recipe
 
 # Energies are sums of squares; "noise" is the energy of a residual's quantization error, in the transformed domain where the
@@ -77,7 +77,6 @@ def _counts(value, rows, axes):
     largest_code = len(format.element.magnitudes) - 1
     codes = rounding.unpack(value.codes, value.axis) & largest_code
     codes = lax.slice(codes, [0] * codes.ndim, value.shape)
-    scales = lax.bitcast_convert_type(value.scales, jnp.uint8)
     largest_scale = len(format.scale.magnitudes) - 1
-    found = (codes == 0, codes == largest_code, scales == 0, scales == largest_scale)
+    found = (codes == 0, codes == largest_code, value.scales == 0, value.scales == largest_scale)
     return [jnp.sum(what, axis=axes, dtype=jnp.float32) for what in found]

@@ -31,7 +31,7 @@ def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return x ^ x >> 15
 
 
-def key_words(key: Key[Array, ""] | Integer[Array, " words"]) -> UInt32[Array, "2"]:
+def key_words(key: Key[Array, "..."] | Integer[Array, "..."]) -> UInt32[Array, "2"]:
     """The two words of a JAX random key: typed (`jax.random.key`), raw (`jax.random.PRNGKey`), threefry or rbg.
 
     Raises:

@@ -18,14 +18,15 @@ class QTensor:
 
     Invariants (`validate` checks them):
       * `codes` holds two 4-bit codes a byte along `axis` (low nibble = even index) and is zero-padded to whole blocks.
-      * `scales` has one non-negative byte for each block: the size of a blocked axis divided by the block, the full size
-        elsewhere.
+      * `scales` has one byte for each block (sign bit clear): the size of a blocked axis divided by the block, the full
+        size elsewhere. Bytes and not `float8_e4m3fn`, because `jax.checkpoint` passes what it saves through
+        `lax.reduce_precision`, whose 4 + 3 bits end at 240 and would turn the scale 448 into infinity.
       * `amax` is float32 with one entry for each matrix of the batch: size 1 on every other axis.
       * axes in `blocked` are negative, so that a leading axis may be added (vmap) or sliced (scan).
 
     Attributes:
       codes: packed element codes.
-      scales: block scales, `float8_e4m3fn` for NVFP4.
+      scales: codes of the block scales (E4M3 for NVFP4).
       amax: the tensor's largest magnitude, from which the tensor scale follows.
       format: the number format.
       axis: the axis (negative) along which codes are packed.
@@ -33,7 +34,7 @@ class QTensor:
     """
 
     codes: UInt8[Array, "..."]
-    scales: Float[Array, "..."]
+    scales: UInt8[Array, "..."]
     amax: Float32[Array, "..."]
     format: formats.Format = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
@@ -56,8 +57,12 @@ class QTensor:
 
     @property
     def tensor_scale(self) -> Float32[Array, "..."]:
-        """amax / 2688 for NVFP4. The barrier keeps XLA from turning the division into an inexact multiplication."""
-        return self.amax / lax.optimization_barrier(np.float32(self.format.range))
+        """amax / 2688 for NVFP4.
+
+        XLA turns a division by a constant or a broadcast scalar into an inexact multiplication by its reciprocal, even
+        one behind an optimization barrier: so the divisor depends on amax, to no effect.
+        """
+        return self.amax / jnp.where(self.amax > 0, np.float32(self.format.range), np.float32(1))
 
     def values(self, dtype=jnp.float32, padded: tuple[int, ...] = ()) -> Float[Array, "..."]:
         """Element × block scale, without the tensor scale: at most 6 significant bits, exact in bfloat16.
@@ -67,7 +72,7 @@ class QTensor:
           padded: axes (negative) that keep their padding; the others are cut to their logical size.
         """
         elements = rounding.decode(rounding.unpack(self.codes, self.axis), self.format.element)
-        scales = rounding.decode_scale(lax.bitcast_convert_type(self.scales, jnp.uint8), self.format.scale)
+        scales = rounding.decode_scale(self.scales, self.format.scale)
         for axis, _ in self.blocked:
             scales = jnp.repeat(scales, self.format.block, axis=axis)
         values = (elements * scales).astype(dtype)
@@ -81,23 +86,30 @@ class QTensor:
         return (self.values() * self.tensor_scale).astype(dtype)
 
     def validate(self) -> None:
-        """Raises ValueError naming the first invariant of this class that does not hold."""
+        """Raises ValueError naming the first invariant of this class that does not hold; not under jit."""
         padded = self.padded_shape
         scales = list(padded)
         batch_dims = max((i + 1 for i, size in enumerate(self.amax.shape) if size > 1), default=0)
         per_matrix = self.amax.shape == padded[:batch_dims] + (1,) * (len(padded) - batch_dims)
         amax_ok = per_matrix and all(batch_dims <= len(padded) + axis for axis, _ in self.blocked)
+        amax = f"{self.amax.dtype}{list(self.amax.shape)}"
         for axis, size in self.blocked:
             scales[axis] //= self.format.block
             if axis >= 0 or padded[axis] != -(-size // self.format.block) * self.format.block:
                 raise ValueError(f"QTensor: axis {axis} of logical size {size} cannot be padded to {padded[axis]}")
         checks = (
             (self.codes.dtype == jnp.uint8, f"codes must be uint8, got {self.codes.dtype}"),
-            (self.scales.dtype == jnp.float8_e4m3fn, f"scales must be float8_e4m3fn, got {self.scales.dtype}"),
+            (self.scales.dtype == jnp.uint8, f"scales must be uint8, got {self.scales.dtype}"),
             (self.scales.shape == tuple(scales), f"scales must have shape {tuple(scales)}, got {self.scales.shape}"),
-            (self.amax.dtype == jnp.float32 and amax_ok, f"amax must be float32 with one entry a matrix, got {self.amax}"),
+            (self.amax.dtype == jnp.float32 and amax_ok, f"amax must be float32 with one entry a matrix, got {amax}"),
             (self.axis in dict(self.blocked), f"packing axis {self.axis} is not among the blocked {self.blocked}"),
         )
         for holds, message in checks:
             if not holds:
                 raise ValueError(f"QTensor: {message}")
+        if jnp.any(lax.bitcast_convert_type(self.scales, jnp.uint8) >> 7 == 1):
+            raise ValueError("QTensor: scales must be non-negative, got a byte with its sign bit set")
+        codes = rounding.unpack(self.codes, self.axis)
+        for axis, size in self.blocked:
+            if jnp.any(lax.slice_in_dim(codes, size, padded[axis], axis=axis % codes.ndim)):
+                raise ValueError(f"QTensor: codes must be zero in the padding of axis {axis}, from index {size} on")

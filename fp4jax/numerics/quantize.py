@@ -11,7 +11,6 @@ underflows dequantizes to zero. Infinities and NaN reach the scales, so a tensor
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
 from fp4jax.numerics import bits, formats, rounding
@@ -90,7 +89,7 @@ def quantize_blocks(
         )
     return QTensor(
         codes=rounding.pack(codes, pack_axis),
-        scales=lax.bitcast_convert_type(scale_bytes.squeeze(block_axes), jnp.float8_e4m3fn),
+        scales=scale_bytes.squeeze(block_axes),
         amax=amax,
         format=format,
         axis=pack_axis,

@@ -1,0 +1,113 @@
+"""What a person sees: one table at the start, then a progress bar (a line now and then where there is no terminal)."""
+
+import os
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from fp4jax.recipes import Recipe
+from fp4jax.training.estimate import duration
+
+
+def make_console() -> Console:
+    """Returns the console of process 0; the other processes print nothing."""
+    console = Console(highlight=False, quiet=jax.process_index() != 0)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return console
+
+
+def start_table(
+    config: ml_collections.ConfigDict,
+    recipe: Recipe,
+    mesh: Mesh,
+    parameters: tuple[int, int],
+    state_bytes: int,
+    first_step: int,
+    step_seconds: float,
+) -> Table:
+    """Returns the table of what will run, where, and for how long.
+
+    Args:
+      parameters: (total, without embedding).
+      state_bytes: parameters and optimizer state, over all devices.
+      first_step: steps that were already done.
+      step_seconds: estimated seconds for a step.
+    """
+    total, without_embedding = parameters
+    steps = config.steps - first_step
+    microbatches = f", {config.microbatches} microbatches" if config.microbatches > 1 else ""
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("model", f"{config.model.name}: {total:,} parameters, {without_embedding:,} without embedding")
+    table.add_row("recipe", str(recipe))
+    table.add_row("policy", config.policy)
+    table.add_row("GEMM", f"{config.gemm}, dtype {config.gemm_dtype}; quantizer {config.backend}")
+    table.add_row("mesh", describe_mesh(mesh))
+    table.add_row("device", describe_devices(mesh))
+    table.add_row("state", f"{state_bytes / 1e9:.2f} GB (float32 parameters and two moments)")
+    tokens = f"{config.batch_size * config.seq_len:,} tokens a step"
+    table.add_row("batch", f"{config.batch_size} sequences x {config.seq_len} tokens = {tokens}{microbatches}")
+    table.add_row("steps", f"{steps:,} of {config.steps:,}" if first_step else f"{steps:,}")
+    total_time = duration(step_seconds * steps)
+    table.add_row("time", f"about {duration(step_seconds)} a step, {total_time} in all (a guess; measured soon)")
+    return table
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Returns "data=2, fsdp=1, tensor=4", and how many devices are left idle."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    idle = jax.device_count() - mesh.size
+    return f"{axes} ({idle} of {jax.device_count()} devices idle: set --config.mesh.data=-1)" if idle else axes
+
+
+def describe_devices(mesh: Mesh) -> str:
+    """Returns number, kind and memory of the mesh's devices; on a CPU the host's memory."""
+    device = mesh.devices.flat[0]
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        memory = f"{statistics['bytes_limit'] / 1e9:.1f} GB each"
+    else:
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB of host memory"
+    return f"{mesh.size} x {device.device_kind}, {memory}"
+
+
+class ProgressBar:
+    """The bar on a terminal, lines elsewhere; a context manager."""
+
+    def __init__(self, console: Console, total: int, completed: int, bar: bool):
+        self._console = console
+        self._bar = bar and console.is_terminal
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
+        self._progress = Progress(*columns, console=console, disable=not self._bar)
+        self._task = self._progress.add_task("", total=total, completed=completed, status="compiling")
+        self._total = total
+
+    def update(self, step: int, loss: float, tokens_per_second: float | None, seconds_left: float | None) -> None:
+        """Moves the bar to `step` steps done."""
+        self._progress.update(self._task, completed=step, status=_status(loss, tokens_per_second, seconds_left))
+
+    def line(self, step: int, loss: float, tokens_per_second: float | None, seconds_left: float | None) -> None:
+        """Prints a line where there is no bar."""
+        if not self._bar:
+            status = _status(loss, tokens_per_second, seconds_left)
+            self._console.print(f"step {step:,} of {self._total:,}: {status}")
+
+    def __enter__(self) -> "ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+def _status(loss: float, tokens_per_second: float | None, seconds_left: float | None) -> str:
+    parts = [f"loss {loss:.4f}"]
+    if tokens_per_second is not None and seconds_left is not None:
+        parts += [f"{tokens_per_second:,.0f} tokens/s", f"{duration(seconds_left)} left"]
+    return ", ".join(parts)

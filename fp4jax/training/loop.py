@@ -1,0 +1,226 @@
+"""The training run: data, state, steps, validation, checkpoints. Rerunning it in the same workdir continues it.
+
+While step t runs on the device the host reads the metrics of step t-1, so the device never waits for a log line. Before
+a state is saved its own step's metrics are read: a state whose loss was not finite is never written.
+"""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import ml_collections
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from fp4jax import models
+from fp4jax.checkpoint import Checkpointer, check_same_run, check_space, prepare_workdir
+from fp4jax.config import validate
+from fp4jax.data.pipeline import BatchIterator, Dataset, open_dataset
+from fp4jax.evaluation import EvaluationResult, evaluate
+from fp4jax.recipes import recipe
+from fp4jax.training.compilation import enable_compilation_cache
+from fp4jax.training.console import ProgressBar, make_console, start_table
+from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
+from fp4jax.training.mesh import make_mesh, put_batch
+from fp4jax.training.metrics import MetricsWriter
+from fp4jax.training.optimizer import make_optimizer
+from fp4jax.training.state import ModelTemplate, TrainState, create_state, model_template, sharded_abstract_state
+from fp4jax.training.step import Metrics, make_loss_step, make_train_step
+
+STEPS_BEFORE_MEASURED_ESTIMATE = 3
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient of a step is not finite; names the step."""
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Console | None = None) -> None:
+    """Trains to `config.steps`, from the workdir's newest checkpoint if it has one.
+
+    Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` in the workdir. A run that is complete is left as it is.
+
+    Raises:
+      ConfigError, DataError, ValueError: a setting that cannot run.
+      CheckpointError: the workdir belongs to a run with another configuration.
+      StorageError: the workdir cannot be written, or is full.
+      NonFiniteLossError: training diverged.
+    """
+    console = console or make_console()
+    validate(config, jax.device_count())
+    recipe(config.recipe)
+    workdir = prepare_workdir(workdir)
+    done = check_same_run(workdir, config)
+    if done >= config.steps:
+        console.print(f"{workdir} is done: {done:,} of {config.steps:,} steps. A larger --config.steps continues it.")
+        return
+    enable_compilation_cache()
+    if done:
+        console.print(
+            f"continuing {workdir} after step {done:,}; the learning-rate schedule is that of {config.steps:,} steps"
+        )
+    run = _prepare(config, workdir, console)
+    run.describe(done)
+    with (
+        Checkpointer(workdir, **run.checkpoint_options()) as checkpointer,
+        MetricsWriter(workdir, done) if jax.process_index() == 0 else contextlib.nullcontext() as writer,
+    ):
+        _Loop(run, checkpointer, writer).run(done)
+    console.print(f"done: {config.steps:,} steps, checkpoint and metrics in {workdir}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same throughout a run."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    console: Console
+    mesh: Mesh
+    template: ModelTemplate
+    optimizer: optax.GradientTransformation
+    training_data: Dataset
+    validation_data: Dataset
+    target: TrainState
+
+    def describe(self, done: int) -> None:
+        """Prints the data, the table, and what to change if it will take long."""
+        config = self.config
+        for line in self.training_data.describe(config.steps * config.batch_size * config.seq_len):
+            self.console.print(line)
+        parameters = models.parameter_counts(config)
+        seconds = estimated_step_seconds(config, parameters[1], self.mesh.size)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.target))
+        self.console.print(start_table(config, recipe(config.recipe), self.mesh, parameters, size, done, seconds))
+        self.print_hint(seconds * (config.steps - done))
+
+    def print_hint(self, seconds: float) -> None:
+        """Prints what to change, if `seconds` is over an hour."""
+        advice = hint(self.config, seconds)
+        if advice:
+            self.console.print(advice)
+
+    def checkpoint_options(self) -> dict:
+        """The Checkpointer's arguments."""
+        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.target))
+        settings = self.config.checkpoint
+        return {"keep": settings.keep, "asynchronous": settings.asynchronous, "largest_array": largest}
+
+
+def _prepare(config: ml_collections.ConfigDict, workdir: Path, console: Console) -> _Run:
+    mesh = make_mesh(config.mesh)
+    template = model_template(config)
+    optimizer = make_optimizer(config, template.logical_axes)
+    target = sharded_abstract_state(template, optimizer, mesh)
+    check_space(workdir, target)
+    training_data, validation_data = (
+        open_dataset(
+            config.data,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            split=split,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for split in ("train", "validation")
+    )
+    training_data.check_vocabulary(config.model.vocab_size)
+    return _Run(config, workdir, console, mesh, template, optimizer, training_data, validation_data, target)
+
+
+@dataclass
+class _Loop:
+    """The steps themselves."""
+
+    static: _Run
+    checkpointer: Checkpointer
+    writer: MetricsWriter | None
+    timer: StepTimer = field(default_factory=StepTimer)
+
+    def run(self, done: int) -> None:
+        static, config = self.static, self.static.config
+        train_step = make_train_step(config, static.template, static.optimizer, static.mesh)
+        loss_step = make_loss_step(config, static.template, static.mesh)
+        state, position = self._first_state(done)
+        bar = ProgressBar(static.console, config.steps, done, config.log.progress)
+        with contextlib.closing(static.training_data.batches(position)) as batches, bar:
+            running: tuple[int, Metrics] | None = None
+            for step in range(done + 1, config.steps + 1):
+                state, metrics = train_step(state, put_batch(next(batches), static.mesh))
+                if running:
+                    self._report(*running, bar)
+                running = (step, metrics)
+                validates = step % config.evaluation.every == 0 or step == config.steps
+                saves = step % config.checkpoint.every == 0 or step == config.steps
+                if validates or saves:
+                    self._wait_for_step(*running)
+                    start = time.perf_counter()
+                    result = self._validate(loss_step, state) if validates else None
+                    if saves:
+                        self._save(step, state, batches)
+                    self.timer.exclude(time.perf_counter() - start)
+                    self._report(*running, bar, result)
+                    running = None
+
+    def _first_state(self, done: int) -> tuple[TrainState, dict | None]:
+        static = self.static
+        if not done:
+            return create_state(static.config, static.template, static.optimizer, static.mesh), None
+        rest = {"step": static.target.step, "opt_state": static.target.opt_state}
+        params, rest, position = self.checkpointer.restore(static.target.params, rest)
+        return TrainState(rest["step"], params, rest["opt_state"]), position
+
+    def _save(self, step: int, state: TrainState, batches: BatchIterator) -> None:
+        rest = {"step": state.step, "opt_state": state.opt_state}
+        self.checkpointer.save(step, state.params, rest, batches.get_state(), self.static.config)
+
+    def _validate(self, loss_step: object, state: TrainState) -> EvaluationResult:
+        static = self.static
+        with contextlib.closing(static.validation_data.batches()) as batches:
+            on_devices = (put_batch(batch, static.mesh) for batch in batches)
+            return evaluate(loss_step, state.params, on_devices, static.config.evaluation.batches)
+
+    def _wait_for_step(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Reads a step's metrics, which waits for it, and refuses numbers that are not finite."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            saved = self.checkpointer.latest_step()
+            raise NonFiniteLossError(
+                f"step {step}: loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g} at learning rate "
+                f"{values['learning_rate']:.3g}; stopped, {'nothing' if saved is None else f'step {saved}'} is saved; "
+                "try a smaller --config.optimizer.learning_rate or more --config.optimizer.warmup_steps"
+            )
+        return values
+
+    def _report(self, step: int, metrics: Metrics, bar: ProgressBar, result: EvaluationResult | None = None) -> None:
+        config = self.static.config
+        values = self._wait_for_step(step, metrics)
+        self.timer.step_done()
+        seconds = self.timer.seconds_per_step
+        speed = left = None
+        if seconds:
+            speed, left = values["tokens"] / seconds, seconds * (config.steps - step)
+            values["tokens_per_second"] = speed
+        if result:
+            values |= {"validation_loss": result.loss, "validation_perplexity": result.perplexity}
+        bar.update(step, values["loss"], speed, left)
+        if result or step == 1 or step % config.log.every == 0 or step == config.steps:
+            bar.line(step, values["loss"], speed, left)
+            if self.writer:
+                self.writer.write(step, values)
+        if result:
+            self._print_validation(step, result)
+        if self.timer.measured_steps == STEPS_BEFORE_MEASURED_ESTIMATE:
+            self.static.console.print(f"measured: {duration(seconds)} a step, {duration(left)} left")
+            self.static.print_hint(left)
+
+    def _print_validation(self, step: int, result: EvaluationResult) -> None:
+        below = self.static.training_data.stats.unigram_entropy - result.loss
+        self.static.console.print(
+            f"step {step:,}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+            f"{result.tokens:,} tokens; {abs(below):.3f} nats {'below' if below > 0 else 'above'} the unigram entropy"
+        )

@@ -1,0 +1,60 @@
+"""Metrics on disk: `metrics.jsonl`, one JSON object a step that was logged, and TensorBoard files in `tensorboard/`."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import tensorboardX
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes a run's metrics; a context manager.
+
+    A run that resumes after `start_step` steps first drops what an interrupted run had logged beyond them, so that
+    every step stands in the file once.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        self._path = workdir / FILE
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        # purge_step makes TensorBoard forget the same steps.
+        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends {"step": step, **metrics}; on disk when this returns (TensorBoard's files follow within minutes)."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """Returns the objects of `metrics.jsonl`, oldest first; none without a file.
+
+    A last line that a killed run left unfinished is not a step that was logged: it is left out.
+    """
+    path = Path(workdir) / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    replacement = path.with_suffix(".jsonl.tmp")
+    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(replacement, path)

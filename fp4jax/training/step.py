@@ -1,0 +1,123 @@
+"""One optimizer step, compiled once: weights prepared once, gradients summed over microbatches in float32, one update.
+
+Every draw is a function of (seed, step, microbatch) and of what the model folds in below that, so a resumed run repeats
+the uninterrupted one bit for bit.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float32, Int32
+
+from fp4jax import models
+from fp4jax.training.mesh import BATCH, replicated
+from fp4jax.training.optimizer import learning_rate_schedule
+from fp4jax.training.state import ModelTemplate, Parameters, TrainState, on_mesh, state_shardings
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def split_batch(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
+    """Returns [microbatches, B / microbatches, T]; microbatch m takes rows m, m + microbatches, ...
+
+    With that stride every device's rows split evenly, so no row moves between devices.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+
+    def split(rows: Array) -> Array:
+        parts = jnp.swapaxes(rows.reshape(-1, microbatches, *rows.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(parts, sharding)
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict, template: ModelTemplate, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the jitted (state, batch) -> (state, metrics); the given state is donated.
+
+    batch: tokens, targets int32[B, T] and loss_mask[B, T]. metrics: loss (mean negative log-likelihood of the real
+    tokens, nats), grad_norm (global, before clipping), learning_rate, tokens (real ones in this step).
+    """
+    schedule = learning_rate_schedule(config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss, gradients = _loss_and_gradients(config, template, mesh, state.params, batch, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    shardings = state_shardings(template, optimizer, mesh)
+    everywhere = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens"), replicated(mesh))
+    jitted = jax.jit(
+        train_step,
+        in_shardings=(shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+    return on_mesh(jitted, mesh)
+
+
+def _loss_and_gradients(
+    config: ml_collections.ConfigDict,
+    template: ModelTemplate,
+    mesh: Mesh,
+    params: Parameters,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Float32[Array, ""], Parameters]:
+    """Mean loss over the batch's real tokens and its gradient, float32."""
+    weights_key, batch_key = jax.random.split(key)
+    weights = template.merge(params).prepare_weights(weights_key)
+    # Dividing every microbatch by the whole batch's tokens makes their sum the mean, and gives the backward, which
+    # quantizes, gradients of their final size.
+    tokens = jnp.maximum(jnp.sum(batch["loss_mask"], dtype=jnp.float32), 1)
+
+    def microbatch_loss(params: Parameters, microbatch: Batch, index: Int32[Array, ""]) -> Float32[Array, ""]:
+        microbatch_key = jax.random.fold_in(batch_key, index)
+        total, _ = models.loss(template.merge(params), microbatch, key=microbatch_key, weights=weights)
+        return total / tokens
+
+    loss_and_gradients = jax.value_and_grad(microbatch_loss)
+    if config.microbatches == 1:
+        # Without the scan there is no second set of float32 gradients in memory.
+        return loss_and_gradients(params, batch, jnp.int32(0))
+
+    def accumulate(carry: tuple, microbatch_and_index: tuple) -> tuple[tuple, None]:
+        microbatch, index = microbatch_and_index
+        return jax.tree.map(jnp.add, carry, loss_and_gradients(params, microbatch, index)), None
+
+    parts = split_batch(batch, config.microbatches, mesh)
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    (loss, gradients), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(config.microbatches)))
+    return loss, gradients
+
+
+def make_loss_step(
+    config: ml_collections.ConfigDict, template: ModelTemplate, mesh: Mesh
+) -> Callable[[Parameters, Batch], tuple[Float32[Array, ""], Float32[Array, ""]]]:
+    """Returns the jitted (params, batch) -> (sum of negative log-likelihoods in nats, tokens) of validation.
+
+    A recipe whose forward rounds stochastically (`+sr_all`) draws from `config.seed`; the others draw nothing.
+    """
+
+    def loss_step(params: Parameters, batch: Batch) -> tuple[Array, Array]:
+        key = jax.random.key(config.seed)
+        total, count = models.loss(template.merge(params), batch, key=key, weights=None)
+        return jnp.asarray(total, jnp.float32), jnp.asarray(count, jnp.float32)
+
+    in_shardings = (template.shardings(mesh), NamedSharding(mesh, BATCH))
+    jitted = jax.jit(loss_step, in_shardings=in_shardings, out_shardings=replicated(mesh))
+    return on_mesh(jitted, mesh)

@@ -1,0 +1,110 @@
+"""Validation of a saved run: its newest checkpoint's parameters, under the recipe it was trained with or any other."""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
+from fp4jax.config import default_config, validate
+from fp4jax.data.pipeline import open_dataset
+from fp4jax.evaluation import EvaluationResult, evaluate
+from fp4jax.recipes import recipe
+from fp4jax.training.compilation import enable_compilation_cache
+from fp4jax.training.mesh import make_mesh, put_batch
+from fp4jax.training.state import model_template, sharded_abstract_params
+from fp4jax.training.step import make_loss_step
+
+
+@dataclass(frozen=True)
+class WorkdirEvaluation:
+    """What was evaluated, and the result."""
+
+    step: int
+    trained_with: str
+    recipe: str
+    result: EvaluationResult
+
+    def to_json(self) -> dict:
+        """Returns the numbers under plain names; loss in nats per token."""
+        return {
+            "step": self.step,
+            "recipe": self.recipe,
+            "trained_with": self.trained_with,
+            "validation_loss": self.result.loss,
+            "validation_perplexity": self.result.perplexity,
+            "tokens": self.result.tokens,
+            "batches": self.result.batches,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step:,}, recipe {self.recipe} (trained with {self.trained_with}): validation loss "
+            f"{self.result.loss:.4f}, perplexity {self.result.perplexity:.2f}, {self.result.tokens:,} tokens"
+        )
+
+
+def evaluate_workdir(
+    workdir: str | Path, recipe_name: str | None = None, batches: int | None = None
+) -> WorkdirEvaluation:
+    """Evaluates the newest checkpoint on its run's validation split; writes `evaluation-<recipe>.json` in the workdir.
+
+    Args:
+      workdir: of a run of `train`.
+      recipe_name: matrix multiplies to evaluate with; None for those it was trained with.
+      batches: of validation data, 0 for the whole split; None for `config.evaluation.batches`.
+
+    Raises:
+      CheckpointError: no checkpoint, or one that cannot be read.
+      ValueError: an unknown recipe, or data that cannot be read.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    found = saved_config(workdir)
+    if found is None:
+        raise CheckpointError(f"{workdir} holds no checkpoint; train with this --workdir first")
+    step, saved = found
+    config = _evaluation_config(saved, recipe_name, batches)
+    enable_compilation_cache()
+    mesh = make_mesh(config.mesh)
+    template = model_template(config)
+    target = sharded_abstract_params(template, mesh)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+    with Checkpointer(workdir, largest_array=largest, read_only=True) as checkpointer:
+        params = checkpointer.restore_params(target)
+    dataset = open_dataset(
+        config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, split="validation"
+    )
+    with contextlib.closing(dataset.batches()) as iterator:
+        on_devices = (put_batch(batch, mesh) for batch in iterator)
+        result = evaluate(make_loss_step(config, template, mesh), params, on_devices, config.evaluation.batches)
+    evaluation = WorkdirEvaluation(step, saved["recipe"], config.recipe, result)
+    _write(workdir / f"evaluation-{config.recipe}.json", evaluation)
+    return evaluation
+
+
+def _evaluation_config(saved: dict, recipe_name: str | None, batches: int | None) -> ml_collections.ConfigDict:
+    """The trained configuration with the evaluation's own choices, on as many of this machine's devices as fit."""
+    config = default_config()
+    config.update(saved)
+    if recipe_name is not None:
+        config.recipe = recipe_name
+    recipe(config.recipe)
+    if batches is not None:
+        config.evaluation.batches = batches
+    # One microbatch of the training run fits in memory; the mesh that it ran on may not be here.
+    config.batch_size //= config.microbatches
+    config.microbatches = 1
+    config.mesh = {"data": math.gcd(config.batch_size, jax.device_count()), "fsdp": 1, "tensor": 1}
+    validate(config, jax.device_count())
+    return config
+
+
+def _write(path: Path, evaluation: WorkdirEvaluation) -> None:
+    try:
+        path.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{evaluation}, but {path} cannot be written: {error.strerror}") from error
