@@ -1,7 +1,8 @@
 """Between `lax.dot_general`'s general layout and the canonical one of the quantized products.
 
-Canonical: activations [*batch, *tokens, K] with at least one token axis, weights [*batch, K, N]. Contracted axes are merged into K and the
-weights' free axes into N; batch and token axes are permuted but never merged, because merging axes that are sharded makes XLA gather them.
+Canonical: activations [*batch, *tokens, K] with at least one token axis, weights [*batch, K, N]. Contracted axes are
+merged into K and the weights' free axes into N; batch and token axes are permuted but never merged, because merging
+axes that are sharded makes XLA gather them.
 """
 
 import dataclasses

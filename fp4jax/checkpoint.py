@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `<workdir>/checkpoints/<steps done>/` that appears whole or not at all: Orbax writes beside it
 and renames. Parameters and optimizer state are separate items, so that an evaluation reads the parameters alone. Saving
-holds at most IN_FLIGHT_BYTES of copies at a time, since a large model's state fills the host's memory.
+holds at most IN_FLIGHT_GB of copies of each at a time, since a large model's state fills the host's memory.
 """
 
 import os
@@ -19,8 +19,8 @@ from jaxtyping import PyTree
 
 from fp4jax.config import default_config, flatten
 
-IN_FLIGHT_BYTES = 10**9
-"""Bytes copied at a time while arrays are written or read (more where a single array is larger)."""
+IN_FLIGHT_GB = 1
+"""GB of each item that are copied at a time while it is written or read (more where a single array is larger)."""
 
 MAY_CHANGE = (
     *("steps", "log", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
@@ -107,7 +107,7 @@ class Checkpointer:
     ):
         self.directory = Path(workdir).absolute() / "checkpoints"
         # Orbax refuses an array that is not smaller than its limit.
-        in_flight_gb = max(IN_FLIGHT_BYTES, 2 * largest_array) // 10**9 + 1
+        in_flight_gb = max(IN_FLIGHT_GB, largest_array // 10**9 + 1)
         arrays = [
             ocp.StandardCheckpointHandler(save_concurrent_gb=in_flight_gb, restore_concurrent_gb=in_flight_gb)
             for _ in range(2)

@@ -32,7 +32,6 @@ def default_config() -> ml_collections.ConfigDict:
       policy: which layer gets the recipe ("all_linear": every linear layer of the blocks, as in the paper).
       backend: how operands are quantized: "auto" (the best the device has), "xla" or "pallas".
       gemm: how quantized operands are multiplied: "auto", "native" (Blackwell) or "emulated".
-      gemm_dtype: dtype of the emulated product, "auto" for the device's best.
       seed: initial weights, order of the data and every stochastic rounding.
       steps: optimizer steps of the whole run; the learning-rate schedule ends there.
       batch_size: sequences in an optimizer step, over all devices and microbatches.
@@ -45,7 +44,6 @@ def default_config() -> ml_collections.ConfigDict:
             "policy": "all_linear",
             "backend": "auto",
             "gemm": "auto",
-            "gemm_dtype": "auto",
             "seed": 0,
             "steps": 1000,
             "batch_size": 8,

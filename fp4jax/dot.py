@@ -2,12 +2,14 @@
 
     fprop  Y = Q(X) Q(W)        dgrad  dX = Q(D) Q(W)ᵀ        wgrad  dW = Q(X)ᵀ Q(D)
 
-X [*batch, *tokens, K] holds activations, W [*batch, K, N] weights, D = dL/dY output gradients; tokens are the left operand's free
-axes, batch axes count independent matrices (experts). What Q does to each of the six operands is the recipe's business (`fp4jax.recipes`), how
-split operands multiply is `fp4jax.gemm`'s. Here live the custom VJP, its rules under vmap, and the choice of an implementation.
+X [*batch, *tokens, K] holds activations, W [*batch, K, N] weights, D = dL/dY output gradients; tokens are the left
+operand's free axes, batch axes count independent matrices (experts). What Q does to each of the six operands is the
+recipe's business (`fp4jax.recipes`), how split operands multiply is `fp4jax.gemm`'s. Here live the custom VJP, its
+rules under vmap, and the choice of an implementation.
 
-The custom VJP takes (x, w, xq, wq, ...): x and w only route cotangents, everything computed comes from the prepared xq and wq. So linears that share an
-input share its one saved copy in 4.5 bits, and weights can be prepared once outside of a microbatch loop.
+The custom VJP takes (x, w, xq, wq, ...): x and w only route cotangents, everything computed comes from the prepared
+xq and wq. So linears that share an input share its one saved copy in 4.5 bits, and weights can be prepared once
+outside of a microbatch loop.
 """
 
 import dataclasses
@@ -75,8 +77,8 @@ def dot_general(
     Args:
       lhs: activations. Its free axes are tokens; blocks of the weight gradient run along the last of them.
       rhs: weights. Batch dimensions are independent matrices, each with its own means and tensor scales.
-      dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`. `precision` is that
-        of operands in high precision; quantized ones multiply exactly.
+      dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`. `precision` is
+        that of operands in high precision; quantized ones multiply exactly.
       recipe: a name (`fp4jax.list_recipes()`), with variants if wanted ("averis+nearest"), or a `Recipe`.
       key: a JAX random key, needed where the recipe rounds stochastically: for gradients only when differentiated.
       lhs_q, rhs_q: the operands as `prepare` returns them, to share them between products. The operands themselves must
@@ -88,6 +90,10 @@ def dot_general(
 
     Returns:
       The product with lax's result shape and dtype. Masked rows are zero.
+
+    Under `jax.vmap` over lhs alone the examples are more tokens of one product: they share statistics, and the weight
+    gradient is summed inside. Per-example weight gradients (`vmap(grad(...))`) exist only if the weights are mapped
+    too.
 
     Raises:
       ValueError: arguments that do not fit, saying what was given, what is accepted and what to do.
@@ -101,17 +107,7 @@ def dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
-
-    def product(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe):
-        x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
-        spec = _Spec(
-            recipe=_for_contractions(recipe, x.shape[-1], w.shape[-1]), batch_dims=layout.batch_dims,
-            dtype=result.dtype, lhs_dtype=x.dtype, rhs_dtype=w.dtype, gemm_dtype=gemm_dtype, precision=precision,
-            quantizer=quantizer,
-        )  # fmt: skip
-        mask = None if row_mask is None else layout.row_mask(row_mask)
-        return layout.restore(_apply(spec, x, w, lhs_q, rhs_q, words, mask, probe))
-
+    product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, gemm_dtype)
     mesh = explicit_mesh(lhs, rhs)
     words = None if key is None else key_words(key)
     y = with_auto_axes(product, mesh, result.sharding)(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
@@ -146,9 +142,13 @@ def prepare(
         raise ValueError(f"side must be 'lhs' (activations) or 'rhs' (weights), got {side!r}")
     is_lhs = _SIDES[side]
     if x.ndim < batch_dims + 2 or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"prepare takes a non-empty floating array of >= {batch_dims + 2} axes, got {x.dtype}{x.shape}")
+        raise ValueError(
+            f"prepare takes a non-empty floating array of >= {batch_dims + 2} axes, got {x.dtype}{x.shape}"
+        )
     if not is_lhs and (row_mask is not None or x.ndim != batch_dims + 2):
-        raise ValueError(f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}")
+        raise ValueError(
+            f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}"
+        )
     quantizer, _ = _choose(backend, "auto")
     fitting = _for_contractions(recipe, *(x.shape[-1], _MIN_CONTRACTION) if is_lhs else x.shape[-2:])
 
@@ -165,10 +165,17 @@ def prepare(
     return dataclasses.replace(prepared, recipe=recipe)
 
 
-def _apply(spec: _Spec, x, w, lhs_q, rhs_q, words, mask, probe):
+def _product(
+    dimension_numbers, recipe, dtype, precision, quantizer, gemm_dtype, lhs, rhs, lhs_q, rhs_q, words, row_mask, probe
+):
+    """`dot_general` after its checks, under Auto axes: static arguments first, then arrays."""
+    x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
+    recipe = _for_contractions(recipe, x.shape[-1], w.shape[-1])
+    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, gemm_dtype, precision, quantizer)
+    mask = None if row_mask is None else layout.row_mask(row_mask)
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
-    new_x, new_w = _prepare(spec.recipe, spec.batch_dims, spec.quantizer, raw_x, raw_w, words, mask)
-    return _differentiable(spec)(x, w, lhs_q or new_x, rhs_q or new_w, words, mask, probe)
+    new_x, new_w = _prepare(recipe, spec.batch_dims, quantizer, raw_x, raw_w, words, mask)
+    return layout.restore(_differentiable(spec)(x, w, lhs_q or new_x, rhs_q or new_w, words, mask, probe))
 
 
 def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words, mask):
@@ -251,7 +258,7 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
 
 
 def _for_contractions(recipe: Recipe, inputs: int, outputs: int) -> Recipe:
-    """The recipe with GEMMs that contract fewer than 16 features in high precision, as half-empty blocks gain nothing."""
+    """The recipe with GEMMs that contract fewer than 16 features left in high precision."""
     if recipe.is_high_precision or min(inputs, outputs) >= _MIN_CONTRACTION:
         return recipe
     _report_high_precision(recipe.name, inputs, outputs)
@@ -299,7 +306,7 @@ def _pallas_quantizer() -> Quantizer:
 
 def _native_product():
     raise NotImplementedError(
-        "gemm='native' (FP4 tensor cores) is not built yet; gemm='emulated' gives the same values up to the order of additions"
+        "gemm='native' (FP4 tensor cores) is not built yet; gemm='emulated' gives the same values"
     )
 
 
@@ -315,7 +322,9 @@ def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe) -
     for name, prepared in (("lhs_q", lhs_q), ("rhs_q", rhs_q)):
         if prepared is not None and prepared.recipe != recipe:
             was = prepared.recipe.name if prepared.recipe else None
-            raise ValueError(f"{name} was prepared for recipe {was}, this product has {recipe.name}: prepare it for that")
+            raise ValueError(
+                f"{name} was prepared for recipe {was}, this product has {recipe.name}: prepare it for that"
+            )
     if probe is not None and (probe.shape != (len(GRADIENT_STATISTICS),) or probe.dtype != jnp.float32):
         raise ValueError(
             f"probe must be float32[{len(GRADIENT_STATISTICS)}] (fp4jax.GRADIENT_STATISTICS), "

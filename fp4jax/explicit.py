@@ -1,7 +1,7 @@
 """Products under a mesh of Explicit axes, where every intermediate array carries its sharding in its type.
 
-The dot reshapes into blocks and pads, which Explicit types would have to follow step by step. Instead it runs with the axes turned to
-Auto and states the sharding of its results; cotangents then come back sharded like the primals.
+The dot reshapes into blocks and pads, which Explicit types would have to follow step by step. Instead it runs with
+the axes turned to Auto and states the sharding of its results; cotangents then come back sharded like the primals.
 """
 
 from collections.abc import Callable

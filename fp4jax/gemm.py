@@ -5,11 +5,12 @@ With X = 1 m + R (the mean split) a product of operands is the product of the re
     fprop   Y  = R W + 1 (m W)                                      dgrad likewise with D and Wᵀ
     wgrad   dW = Rxᵀ Rd + (Rxᵀ 1) md + mxᵀ (1ᵀ Rd) + l mxᵀ md       l: number of tokens
 
-The middle terms are there because a quantized residual is no longer exactly zero-mean (arXiv 2603.10444, equations 11-12,
-leave them out); the matrix 1 m is never formed.
+The middle terms are there because a quantized residual is no longer exactly zero-mean (arXiv 2603.10444, equations
+11-12, leave them out); the matrix 1 m is never formed.
 
-Products are emulated: element × block scale has at most 6 significant bits, so float32 and bfloat16 hold it exactly, and a
-GEMM with float32 accumulation equals FP4 tensor cores up to the order of additions. Tensor scales multiply the result.
+Products are emulated: element × block scale has at most 6 significant bits, so float32 and bfloat16 hold it exactly,
+and a GEMM with float32 accumulation equals FP4 tensor cores up to the order of additions. Tensor scales multiply the
+result.
 """
 
 import functools

@@ -29,9 +29,7 @@ class DotGeneral(nn.Module):
     gemm: str = "auto"
 
     @nn.compact
-    def __call__(
-        self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None
-    ):
+    def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None):
         """`lax.dot_general`'s signature: the layer passes its input and its kernel."""
         draws = self.recipe.forward_draws or self.recipe.gradient_draws
         key = self.make_rng(self.rng_stream) if draws and self.has_rng(self.rng_stream) else None
@@ -53,6 +51,4 @@ def dot_general_cls(
     Raises:
       ValueError: an unknown recipe.
     """
-    return functools.partial(
-        DotGeneral, recipe=as_recipe(recipe), rng_stream=rng_stream, backend=backend, gemm=gemm
-    )
+    return functools.partial(DotGeneral, recipe=as_recipe(recipe), rng_stream=rng_stream, backend=backend, gemm=gemm)

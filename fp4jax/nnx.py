@@ -45,9 +45,7 @@ class DotGeneral(nnx.Module):
         self.backend = backend
         self.gemm = gemm
 
-    def __call__(
-        self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None
-    ):
+    def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None):
         """`lax.dot_general`'s signature: the layer passes its input and its kernel."""
         needs_key = self.stream is not None and (self.recipe.forward_draws or not self.deterministic)
         return dot_general(

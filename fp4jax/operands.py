@@ -1,6 +1,7 @@
 """Preparing operands: split, transform and quantize X, W or D for the two products that each of them enters.
 
-Arrays here are in canonical layout: X [*batch, *tokens, K] and D [*batch, *tokens, N] with at least one token axis, W [*batch, K, N].
+Arrays here are in canonical layout: X [*batch, *tokens, K] and D [*batch, *tokens, N] with at least one token axis, W
+[*batch, K, N].
 Token axes are never merged: blocks along the tokens run along the last token axis, each sequence padded by itself.
 """
 

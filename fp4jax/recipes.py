@@ -6,8 +6,8 @@ For Y = X W with X [tokens, K], W [K, N] and D = dL/dY a recipe fills six slots:
     dgrad   dX = D Wᵀ     lhs D, rhs W    contracts features N
     wgrad   dW = Xᵀ D     lhs X, rhs D    contracts tokens
 
-A recipe is a value. A new one is one entry in `_RECIPES`, built from operands; a variant (`"averis+nearest"`) is a function
-from recipe to recipe in `_VARIANTS`. Nothing else in the project knows a recipe by its name.
+A recipe is a value. A new one is one entry in `_RECIPES`, built from operands; a variant (`"averis+nearest"`) is a
+function from recipe to recipe in `_VARIANTS`. Nothing else in the project knows a recipe by its name.
 """
 
 import dataclasses
@@ -167,7 +167,6 @@ _NEAREST = Operand(NVFP4)
 _STOCHASTIC = Operand(NVFP4, rounding=Rounding.STOCHASTIC)
 
 
-
 def _nvfp4(name: str) -> Recipe:
     """1x16 blocks everywhere, stochastic rounding on gradients, no transform."""
     return Recipe(name, Gemm(_NEAREST, _NEAREST), Gemm(_STOCHASTIC, _NEAREST), Gemm(_NEAREST, _STOCHASTIC))
@@ -198,7 +197,7 @@ def _averis(name: str) -> Recipe:
 
 
 def _averis_centered(name: str) -> Recipe:
-    """Residuals against the quantized mean, which is rounded to nearest: any fixed centre keeps the gradient unbiased."""
+    """Residuals against the quantized mean, rounded to nearest: any fixed centre keeps the gradient unbiased."""
     split = MeanSplit(Center.QUANTIZED_MEAN, _NEAREST)
     return _split(_nvfp4(name), split, split)
 

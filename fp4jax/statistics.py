@@ -11,8 +11,8 @@ from fp4jax.numerics import QTensor, hadamard, residual, rounding
 from fp4jax.operands import Part, Prepared, dequantize
 from fp4jax.recipes import Center, Recipe
 
-# Energies are sums of squares; "noise" is the energy of a residual's quantization error, in the transformed domain where the
-# operand has a Hadamard transform. The four code and scale counts are of the dgrad copy.
+# Energies are sums of squares; "noise" is the energy of a residual's quantization error, in the transformed domain
+# where the operand has a Hadamard transform. The four code and scale counts are of the dgrad copy.
 GRADIENT_STATISTICS = (
     "rows",
     "energy",

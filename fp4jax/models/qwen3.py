@@ -1,11 +1,11 @@
 """Qwen3, dense (arXiv 2505.09388), in Flax NNX with every linear layer of its blocks under a recipe.
 
-A block is pre-norm: attention with grouped key/value heads, RMSNorm of each query and key head before rotary positions, then a
-SwiGLU. No biases. Its seven linear layers go by the paths "layers.{i}.self_attn.q_proj" ... "layers.{i}.mlp.down_proj". Embedding, head,
-norms, softmax and attention products stay in high precision.
+A block is pre-norm: attention with grouped key/value heads, RMSNorm of each query and key head before rotary
+positions, then a SwiGLU. No biases. Its seven linear layers go by the paths "layers.{i}.self_attn.q_proj" ...
+"layers.{i}.mlp.down_proj". Embedding, head, norms, softmax and attention products stay in high precision.
 
-Parameters are stacked over layers and the block is scanned; layers whose recipes agree share one scan. X is prepared once for q, k, v
-and once for gate, up.
+Parameters are stacked over layers and the block is scanned; layers whose recipes agree share one scan. X is prepared
+once for q, k, v and once for gate, up.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ class Qwen3Config:
 
     Attributes:
       dtype: of activations and of high-precision products; parameters are float32.
-      remat: what the backward recomputes: "none", "full" (everything but a block's input) or "linear_inputs" (everything but
-        the prepared inputs of the linear layers).
+      remat: what the backward recomputes: "none", "full" (everything but a block's input) or "linear_inputs"
+        (everything but the prepared inputs of the linear layers).
     """
 
     vocab_size: int

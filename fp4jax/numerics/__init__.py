@@ -1,4 +1,4 @@
-"""The specification of every quantized value, in plain JAX on any backend. Nothing here depends on the rest of fp4jax."""
+"""The specification of every quantized value, in plain JAX on any backend; it imports nothing else of fp4jax."""
 
 # What a number may be.
 from fp4jax.numerics.formats import E2M1, E4M3, NVFP4, Float, Format, Rounding

@@ -1,8 +1,9 @@
 """Counter-based random bits: 16 bits for every element of a matrix, a pure function of key and position.
 
 The draw for an element depends on the two words of a key and on three separate uint32 counters: its global row, its
-global column and the index of its matrix in a batch. It does not depend on how the matrix is sharded, tiled or scanned, nor
-on the backend, so stochastic rounding repeats itself under any mesh, under rematerialization, and after a resume.
+global column and the index of its matrix in a batch. It does not depend on how the matrix is sharded, tiled or
+scanned, nor on the backend, so stochastic rounding repeats itself under any mesh, under rematerialization, and after
+a resume.
 
     mix(x):       x ^= x >> 16; x *= 0x21F0AAAD; x ^= x >> 15; x *= 0x735A2D97; x ^= x >> 15
     fold(k, d):   (mix(k0 ^ mix(d + 0x9E3779B9)), mix(k1 + mix(d ^ 0x85EBCA6B)))
@@ -11,8 +12,9 @@ on the backend, so stochastic rounding repeats itself under any mesh, under rema
         h = mix((a + (column >> 1) * 0x9E3779B9) ^ b)
         the low 16 bits of h for an even column, the high 16 bits for an odd one
 
-All arithmetic is modulo 2^32. `mix` is a bijection with an avalanche bias below 0.11 bits (constants found by C. Wellons'
-hash-prospector search). One hash serves two columns; a and b are per row. A golden vector in the tests freezes it.
+All arithmetic is modulo 2^32. `mix` is a bijection with an avalanche bias below 0.11 bits (constants found by C.
+Wellons' hash-prospector search). One hash serves two columns; a and b are per row. A golden vector in the tests
+freezes it.
 """
 
 import jax

@@ -6,7 +6,8 @@ A format never appears as a string in a condition: code reads the fields below, 
 |---|---|---|---|---|
 | NVFP4 | E2M1 | 16 | E4M3 | FP32 |
 
-Sources: OCP Microscaling v1.0 (E2M1, E4M3); NVIDIA, "Pretraining LLMs with NVFP4", arXiv 2509.25149 (two-level scaling).
+Sources: OCP Microscaling v1.0 (E2M1, E4M3); NVIDIA, "Pretraining LLMs with NVFP4", arXiv 2509.25149 (two-level
+scaling).
 """
 
 import dataclasses

@@ -77,19 +77,18 @@ def quantize_blocks(
         amax = jnp.max(jnp.abs(x), axis=tuple(range(batch_dims, x.ndim)), keepdims=True)
     blocked_shape, block_axes = _blocked_shape(x.shape, axes, format.block)
     blocks = x.reshape(blocked_shape)
-    amax_in_blocks = amax.reshape(*amax.shape[:batch_dims], *[1] * (len(blocked_shape) - batch_dims))
-    scale_bytes, inverse = block_scales(jnp.max(jnp.abs(blocks), axis=block_axes, keepdims=True), amax_in_blocks, format)
+    block_amax = jnp.max(jnp.abs(blocks), axis=block_axes, keepdims=True)
+    tensor_amax = amax.reshape(*amax.shape[:batch_dims], *[1] * (len(blocked_shape) - batch_dims))
+    scales, inverse = block_scales(block_amax, tensor_amax, format)
     scaled = (blocks * inverse).reshape(x.shape)
     if words is None:
         codes = rounding.encode_nearest(scaled, format.element)
     else:
-        counted = tuple(logical)
-        codes = rounding.encode_stochastic(
-            scaled, format.element, bits.matrix_draws(words, x.shape, batch_dims, counted)
-        )
+        draws = bits.matrix_draws(words, x.shape, batch_dims, tuple(logical))
+        codes = rounding.encode_stochastic(scaled, format.element, draws)
     return QTensor(
         codes=rounding.pack(codes, pack_axis),
-        scales=scale_bytes.squeeze(block_axes),
+        scales=scales.squeeze(block_axes),
         amax=amax,
         format=format,
         axis=pack_axis,

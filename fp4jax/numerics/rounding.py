@@ -1,7 +1,8 @@
 """Rounding float32 to small floating-point types by arithmetic, and packing 4-bit codes.
 
 Everything is additions, minima and bit operations on float32: no table, no narrow dtype cast. XLA may remove a
-float32 → narrow → float32 round trip as excess precision, and its own casts turn NaN into zero; arithmetic is left alone.
+float32 → narrow → float32 round trip as excess precision, and its own casts turn NaN into zero; arithmetic is left
+alone.
 
 Adding 2^23 to a small float32 rounds it to an integer, ties to even, and leaves that integer in the low mantissa bits;
 adding 2^7 leaves it with 16 fraction bits. Both are exact under contraction to a fused multiply-add, because the slopes
@@ -90,9 +91,7 @@ def decode_scale(code: UInt8[Array, "*shape"], scale: formats.Float) -> Float32[
     """Values of non-negative scale bytes, float32."""
     code = code.astype(jnp.uint32)
     shift = 23 - scale.mantissa_bits
-    normal = lax.bitcast_convert_type(
-        (code << shift) + jnp.uint32((127 - scale.bias) << 23), jnp.float32
-    )
+    normal = lax.bitcast_convert_type((code << shift) + jnp.uint32((127 - scale.bias) << 23), jnp.float32)
     subnormal = code.astype(jnp.int32).astype(jnp.float32) * scale.ulp_of_subnormals
     nan = (1 << (scale.exponent_bits + scale.mantissa_bits)) - 1
     value = jnp.where(code < (1 << scale.mantissa_bits), subnormal, normal)

@@ -1,7 +1,7 @@
 """Mean-residual splitting: X = 1 c + (X - 1 c) for any row c, over the axes that hold tokens.
 
-Source: "The Curse and Blessing of Mean Bias in FP4-Quantized LLM Training", arXiv 2603.10444, equations 9-12. The mean is taken
-over real rows only; masked rows belong neither to the mean nor to the residual.
+Source: "The Curse and Blessing of Mean Bias in FP4-Quantized LLM Training", arXiv 2603.10444, equations 9-12. The
+mean is taken over real rows only; masked rows belong neither to the mean nor to the residual.
 """
 
 import jax.numpy as jnp

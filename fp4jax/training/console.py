@@ -47,7 +47,7 @@ def start_table(
     table.add_row("model", f"{config.model.name}: {total:,} parameters, {without_embedding:,} without embedding")
     table.add_row("recipe", str(recipe))
     table.add_row("policy", config.policy)
-    table.add_row("GEMM", f"{config.gemm}, dtype {config.gemm_dtype}; quantizer {config.backend}")
+    table.add_row("GEMM", f"products {config.gemm}, quantizer {config.backend}")
     table.add_row("mesh", describe_mesh(mesh))
     table.add_row("device", describe_devices(mesh))
     table.add_row("state", f"{state_bytes / 1e9:.2f} GB (float32 parameters and two moments)")

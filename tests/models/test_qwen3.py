@@ -160,7 +160,9 @@ def test_a_policy_gives_single_layers_another_recipe():
 
 def test_segments_change_nothing_by_themselves():
     whole = build(recipe="nvfp4+nearest")
-    split = build(rules=[(r"layers\.1\.mlp\.up", "nvfp4+nearest+nearest".removesuffix("+nearest")), (r".", "nvfp4+nearest")])
+    split = build(
+        rules=[(r"layers\.1\.mlp\.up", "nvfp4+nearest+nearest".removesuffix("+nearest")), (r".", "nvfp4+nearest")]
+    )
     np.testing.assert_allclose(whole(TOKENS), split(TOKENS), rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,45 @@
+# make train, make test: each does all the set-up first, on a fresh machine too. `make help` lists the rest.
+CONFIG  ?= configs/averis_tiny.py
+WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
+ARGS    ?=
+
+PYTHON_VENV := .venv/bin/python
+INSTALLED   := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow test-all lint format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@echo 'Example: make train CONFIG=configs/averis_0p6b.py ARGS="--config.steps=3" WORKDIR=runs/try'
+
+# The stamp is written last: an install that was cut short is taken up again, a changed requirement is installed.
+$(INSTALLED): requirements.txt requirements-test.txt scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+setup: $(INSTALLED) ## create .venv and install (train and test do it too)
+
+train: $(INSTALLED) ## train CONFIG in WORKDIR; run again to resume
+	$(PYTHON_VENV) train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+test: $(INSTALLED) ## the quick tests, on the CPU (ARGS="-k dot" for a few)
+	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -m "not slow and not gpu and not peer" $(ARGS)
+
+test-slow: $(INSTALLED) ## only the slow tests, on the CPU
+	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -m "slow and not gpu and not peer" $(ARGS)
+
+test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
+	$(PYTHON_VENV) -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## ruff: rules and formatting
+	$(PYTHON_VENV) -m ruff check .
+	$(PYTHON_VENV) -m ruff format --check .
+
+format: $(INSTALLED) ## ruff: mend what it can
+	$(PYTHON_VENV) -m ruff check --fix .
+	$(PYTHON_VENV) -m ruff format .
+
+clean: ## remove caches and build products; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

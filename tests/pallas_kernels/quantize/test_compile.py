@@ -1,0 +1,93 @@
+"""The kernel compiles for Hopper (sm_90a), from a description of the GPU, on a machine without one."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[2]
+MAX_REGISTERS = 128  # 4 thread blocks of 128 threads, 16 warps, for each multiprocessor at least
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason='needs the CUDA compiler, no GPU: pip install "jax[cuda13]" (4.4 GB)',
+    ),
+]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("bfloat16", "nearest", "1,16,4096,1024"),
+        ("bfloat16", "stochastic", "1,16,4096,3072"),
+        ("float32", "nearest", "1,16,4096,1024"),
+        ("float32", "stochastic", "8,4096,3072"),
+    ],
+    ids=" ".join,
+)
+def compiled(request, tmp_path_factory):
+    dtype, rounding, shape = request.param
+    dump = tmp_path_factory.mktemp("mosaic")
+    settings = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    run = subprocess.run(
+        [
+            sys.executable,
+            HERE / "compile_for_target.py",
+            HERE.parent / "targets" / "h200.txtpb",
+            *(dtype, rounding, shape),
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return dump, run.stdout
+
+
+def read(dump: Path, suffix: str) -> str:
+    files = list(dump.glob(f"quantize_rows_*.{suffix}"))
+    assert len(files) == 1, f"expected one .{suffix} of the kernel, found {sorted(dump.iterdir())}"
+    return files[0].read_text(errors="replace")
+
+
+def test_no_register_spills(compiled):
+    report = read(compiled[0], "ptxas")
+    assert "for 'sm_90a'" in report
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills.groups() == ("0", "0", "0")
+    assert 0 < int(re.search(r"Used (\d+) registers", report)[1]) <= MAX_REGISTERS
+
+
+def test_wide_accesses(compiled):
+    ptx = read(compiled[0], "ptx")
+    assert len(re.findall(r"\bld\.v4\.b32", ptx)) == 4  # 32 bfloat16 or 16 float32 values in flight for each lane
+    assert re.search(r"\bst\.v(?:2\.b32|4\.b16)", ptx)
+
+
+def test_arithmetic_is_exact(compiled):
+    """No approximate instruction, and no fused multiply-add but by a power of two: those could differ from the twin."""
+    ptx = read(compiled[0], "ptx")
+    assert ".target sm_90a" in ptx
+    assert not re.findall(r"\b(?:rcp|div|ex2|lg2)\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*", ptx)
+    fused = re.findall(r"\bfma\S*\s+(.*);", ptx)
+    assert fused
+    half_and_two = ("0f3F000000", "0f40000000")
+    assert all(any(constant in operands for constant in half_and_two) for operands in fused)
+
+
+def test_reshapes_and_bitcasts_copy_nothing(compiled):
+    hlo = compiled[1]
+    entry = hlo[hlo.index("\nENTRY") :]
+    assert entry.count('custom_call_target="mosaic_gpu_v2"') == 1
+    for shape, operation in re.findall(r" = \w+\[([\d,]*)\]\S* ([\w-]+)\(", entry):
+        if operation not in ("parameter", "bitcast", "get-tuple-element"):
+            assert math.prod(map(int, filter(None, shape.split(",")))) < 1000, f"{operation} of [{shape}]"

@@ -1,0 +1,196 @@
+import contextlib
+import json
+import resource
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fp4jax.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    StorageError,
+    check_same_run,
+    check_space,
+    config_differences,
+    prepare_workdir,
+    saved_config,
+)
+from fp4jax.config import default_config
+
+
+def sharding(*axes):
+    mesh = jax.make_mesh((2, 4, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def state(value, size=64):
+    params = {"layers.weight": jax.device_put(jnp.full((size, 8), value, jnp.float32), sharding("fsdp"))}
+    rest = {"step": jax.device_put(jnp.int32(value), sharding()), "opt_state": ((), {"mu": jnp.full((3,), value)})}
+    return params, rest
+
+
+def shapes(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+def save(workdir, *steps, config=None, **options):
+    with Checkpointer(workdir, **options) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, *state(step), {"next_batch": step}, config or default_config())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_round_trip_into_shards(tmp_path, asynchronous):
+    save(tmp_path, 3, asynchronous=asynchronous)
+    params, rest = state(3)
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        found_params, found_rest, position = checkpointer.restore(shapes(params), shapes(rest))
+        only = checkpointer.restore_params(shapes(params))
+    jax.tree.map(np.testing.assert_array_equal, (found_params, found_rest, only), (params, rest, params))
+    assert position == {"next_batch": 3}
+    assert found_params["layers.weight"].sharding == only["layers.weight"].sharding == sharding("fsdp")
+
+
+def test_save_is_not_disturbed_by_donation(tmp_path):
+    """The next step overwrites the donated state while the files are still being written."""
+    params, rest = state(1, size=100_000)
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    with Checkpointer(tmp_path, asynchronous=True) as checkpointer:
+        checkpointer.save(1, params, rest, {}, default_config())
+        target = shapes(params)
+        jax.block_until_ready(update(params))
+        checkpointer.wait()
+        np.testing.assert_array_equal(checkpointer.restore_params(target)["layers.weight"], 1.0)
+
+
+def test_latest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_saving_a_step_twice_leaves_it(tmp_path):
+    save(tmp_path, 1, 1)
+    save(tmp_path, 1)
+    assert saved_config(tmp_path)[0] == 1
+
+
+def test_no_checkpoint(tmp_path):
+    assert saved_config(tmp_path) is None
+    assert check_same_run(tmp_path, default_config()) == 0
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(CheckpointError, match="holds no checkpoint; train with this --workdir first"),
+    ):
+        checkpointer.saved_config()
+    assert check_same_run(tmp_path, default_config()) == 0
+
+
+def test_config_of_another_run_is_refused_with_every_difference(tmp_path):
+    save(tmp_path, 7)
+    config = default_config()
+    config.steps, config.log.every, config.checkpoint.every, config.mesh.data = 5000, 1, 3, -1
+    assert check_same_run(tmp_path, config) == 7
+    config.seed, config.model.num_layers, config.recipe = 1, 9, "bf16"
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(tmp_path, config)
+    message = str(caught.value)
+    assert "step 7 of a run with another config" in message and "\n" not in message
+    assert "(model.num_layers 4 → 9; recipe 'averis' → 'bf16'; seed 0 → 1)" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "changes_the_run"),
+    [
+        *(("recipe", True), ("seed", True), ("batch_size", True), ("microbatches", True), ("seq_len", True)),
+        *(
+            ("model.rope_theta", True),
+            ("optimizer.b2", True),
+            ("data.source", True),
+            ("data.validation_fraction", True),
+        ),
+        *(("steps", False), ("backend", False), ("log.every", False), ("evaluation.batches", False)),
+        *(("checkpoint.keep", False), ("mesh.fsdp", False), ("data.prefetch", False), ("model.remat", False)),
+    ],
+)
+def test_what_may_change(key, changes_the_run):
+    saved, config = default_config(), default_config()
+    group = config
+    *groups, name = key.split(".")
+    for part in groups:
+        group = group[part]
+    group[name] = group[name] + ("x" if isinstance(group[name], str) else 1)
+    assert bool(config_differences(saved.to_dict(), config)) == changes_the_run
+
+
+def test_key_that_the_checkpoint_does_not_know_had_its_default():
+    saved = json.loads(json.dumps(default_config().to_dict()))
+    del saved["optimizer"]["eps"]
+    assert config_differences(saved, default_config()) == []
+    config = default_config()
+    config.optimizer.eps = 1e-6
+    assert config_differences(saved, config) == ["optimizer.eps 1e-08 → 1e-06"]
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files cannot grow beyond 100 kB: what a full disk does to a write."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_full_disk_leaves_the_former_checkpoint(tmp_path, asynchronous):
+    save(tmp_path, 1)
+    random = {"layers.weight": jax.random.normal(jax.random.key(0), (1_000_000,))}
+    with (
+        pytest.raises(StorageError) as caught,
+        full_disk(),
+        Checkpointer(tmp_path, asynchronous=asynchronous) as checkpointer,
+    ):
+        checkpointer.save(2, random, state(2)[1], {}, default_config())
+    message = str(caught.value)
+    assert "could not be written" in message and "File too large" in message and "\n" not in message
+    assert "the checkpoint of step 1 is intact; free space and rerun the same command" in message
+    assert saved_config(tmp_path)[0] == 1
+    params, rest = state(1)
+    with Checkpointer(tmp_path) as checkpointer:
+        np.testing.assert_array_equal(checkpointer.restore_params(shapes(params))["layers.weight"], 1.0)
+        checkpointer.save(2, params, rest, {}, default_config())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"][-1:]
+
+
+def test_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
+    save(tmp_path, 1, 2, keep=2)
+    for path in (tmp_path / "checkpoints" / "2" / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(b"")
+    with (
+        Checkpointer(tmp_path, read_only=True) as checkpointer,
+        pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read .*; delete that folder to go on") as caught,
+    ):
+        checkpointer.restore_params(shapes(state(2)[0]))
+    assert "\n" not in str(caught.value)
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/run cannot be written: Not a directory; choose another --workdir"):
+        prepare_workdir(tmp_path / "file" / "run")
+    assert prepare_workdir(tmp_path / "new" / "run").is_dir()
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_state_larger_than_the_disk(tmp_path):
+    check_space(tmp_path, state(1))
+    with pytest.raises(StorageError, match=r"takes 4503599.63 GB .* free space or choose another --workdir"):
+        check_space(tmp_path, {"a": jax.ShapeDtypeStruct((2**50,), jnp.float32)})

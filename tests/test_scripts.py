@@ -1,0 +1,79 @@
+"""train.py and eval.py as a person runs them; the runs themselves are tested in tests/training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = "--config=configs/averis_tiny.py"
+
+
+def run(script, *arguments, cwd=ROOT):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing; for a first run: --config=configs/averis_tiny.py"),
+        (["--config=configs/none.py"], "--config=configs/none.py: there is no such file"),
+        ([TINY, "--config.stepz=3"], "unknown config key 'stepz'; did you mean 'steps'?"),
+        ([TINY, "--config.steps=many"], "flag --config.steps=many: invalid literal"),
+        ([TINY, "--confg.steps=3"], "Unknown command line flag 'confg.steps'"),
+        ([TINY, "--config.recipe=averiz"], "unknown recipe 'averiz'"),
+        ([TINY, "steps=3"], "unknown argument 'steps=3'; flags are written --name=value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_gives_one_line(tmp_path, arguments, message):
+    result = run("train.py", *arguments, f"--workdir={tmp_path}")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run("train.py", TINY, "--config.steps=0", f"--workdir={tmp_path}", "--debug")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "ConfigError: steps=0" in result.stderr
+
+
+def test_unexpected_errors_name_their_type(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    result = run("train.py", f"--config={tmp_path / 'broken.py'}")
+    assert result.returncode == 1
+    assert result.stderr == "error: ZeroDivisionError: division by zero (--debug shows where)\n"
+
+
+def test_eval_without_a_run(tmp_path):
+    result = run("eval.py", f"--workdir={tmp_path / 'none'}")
+    assert result.returncode == 1
+    assert "none holds no checkpoint; train with this --workdir first" in result.stderr
+    assert "--workdir is missing" in run("eval.py").stderr
+
+
+def test_help():
+    result = run("train.py", "--help")
+    assert "--workdir" in result.stdout and "Rerunning the same command continues" in result.stdout
+
+
+@pytest.mark.slow
+def test_train_then_eval(tmp_path):
+    small = [f"--config.model.{key}={value}" for key, value in (("num_layers", 1), ("hidden_size", 32))]
+    small += ["--config.seq_len=32", "--config.evaluation.batches=1", "--config.recipe=bf16"]
+    command = ["train.py", TINY, *small, "--config.steps=2", f"--workdir={tmp_path / 'run'}"]
+    first = run(*command)
+    assert first.returncode == 0 and "done: 2 steps" in first.stdout, first.stderr
+    assert first.stderr == ""
+    again = run(*command)
+    assert again.returncode == 0 and "is done: 2 of 2 steps" in again.stdout
+    other = run(*command, "--config.seed=1")
+    assert other.returncode == 1 and "seed 0 → 1" in other.stderr
+    evaluation = run("eval.py", f"--workdir={tmp_path / 'run'}", "--recipe=nvfp4")
+    assert evaluation.returncode == 0 and "recipe nvfp4 (trained with bf16): validation loss" in evaluation.stdout
+    assert (tmp_path / "run" / "evaluation-nvfp4.json").exists()
+    assert evaluation.stderr == ""
