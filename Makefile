@@ -7,7 +7,7 @@ PYTHON_VENV := .venv/bin/python
 INSTALLED   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-all lint format clean
+.PHONY: help setup train test test-slow test-compile test-all lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,15 @@ test: $(INSTALLED) ## the quick tests, on the CPU (ARGS="-k dot" for a few)
 
 test-slow: $(INSTALLED) ## only the slow tests, on the CPU
 	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -m "slow and not gpu and not peer" $(ARGS)
+
+.venv-cuda/.installed: requirements.txt requirements-test.txt $(INSTALLED)
+	$(PYTHON_VENV) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt \
+		"jax[cuda13]==$$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' requirements.txt)"
+	@touch $@
+
+test-compile: .venv-cuda/.installed ## compile the GPU kernels for sm_90a, on any machine (installs 4.4 GB beside .venv)
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -m slow tests/pallas_kernels/quantize/test_compile.py $(ARGS)
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)
