@@ -12,9 +12,10 @@ a resume.
         h = mix((a + (column >> 1) * 0x9E3779B9) ^ b)
         the low 16 bits of h for an even column, the high 16 bits for an odd one
 
-All arithmetic is modulo 2^32. `mix` is a bijection with an avalanche bias below 0.11 bits (constants found by C.
-Wellons' hash-prospector search). One hash serves two columns; a and b are per row. A golden vector in the tests
-freezes it.
+The key's words are JAX's two; the four words of an rbg key become (w0 ^ mix(w2 + 0x9E3779B9), w1 ^ mix(w3 +
+0x9E3779B9)). All arithmetic is modulo 2^32. `mix` is a bijection with an avalanche bias below 0.11 bits (constants
+found by C. Wellons' hash-prospector search). One hash serves two columns; a and b are per row. A golden vector in the
+tests freezes it.
 """
 
 import jax

@@ -38,7 +38,7 @@ def quantize(
       axis: the axis along which blocks run (the contraction axis of the product to come) and codes are packed.
       block: None for blocks of `format.block` along `axis`; (16, 16) for square blocks over the last two axes.
       rounding: "nearest" or "stochastic".
-      key: a JAX random key, needed by stochastic rounding.
+      key: a JAX random key, for stochastic rounding only.
       batch_dims: leading axes that count independent matrices, each with its own tensor scale.
 
     Returns:
@@ -51,6 +51,8 @@ def quantize(
     axis, block = _check(x, format, axis, block, batch_dims)
     if rounding is Rounding.STOCHASTIC and key is None:
         raise ValueError("stochastic rounding needs a random key: pass key=jax.random.key(seed)")
+    if rounding is Rounding.NEAREST and key is not None:
+        raise ValueError("rounding to nearest draws nothing: leave key out, or pass rounding='stochastic'")
     words = bits.key_words(key) if rounding is Rounding.STOCHASTIC else None
     axes = (-2, -1) if block else (axis,)
     return quantize_blocks(x, format, axes=axes, pack_axis=axis, batch_dims=batch_dims, words=words)

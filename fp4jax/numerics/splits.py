@@ -5,6 +5,7 @@ mean is taken over real rows only; masked rows belong neither to the mean nor to
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 
@@ -19,7 +20,9 @@ def column_mean(
       row_mask: [*batch, *tokens], True for real rows; without a real row the mean is zero.
     """
     x = mask_rows(x.astype(jnp.float32), row_mask)
-    return jnp.sum(x, axis=axes, keepdims=True) / row_count(x.shape, axes, row_mask)
+    total = jnp.sum(x, axis=axes, keepdims=True)
+    # XLA multiplies by the reciprocal of a constant divisor when jitted: this one depends on the data, to no effect.
+    return total / jnp.where(total != 0, row_count(x.shape, axes, row_mask), np.float32(1))
 
 
 def row_count(shape: tuple[int, ...], axes: tuple[int, ...], row_mask=None) -> Float32[Array, "..."]:
