@@ -16,9 +16,10 @@ from fp4jax.config import default_config
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.recipe = "averis"
-    config.steps = 400
+    config.steps = 240
     config.batch_size = 8
     config.seq_len = 256
+    config.model.dtype = "float32"
     config.model.vocab_size = 4096
     config.model.hidden_size = 256
     config.model.num_layers = 4
@@ -27,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.head_dim = 64
     config.model.intermediate_size = 768
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 40
-    config.checkpoint.every = 200
-    config.evaluation.every = 100
+    config.optimizer.warmup_steps = 30
+    config.checkpoint.every = 120
+    config.evaluation.every = 80
     return config

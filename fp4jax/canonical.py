@@ -82,6 +82,11 @@ def check_operands(lhs, rhs, dimension_numbers, row_mask) -> None:
         return
     (lhs_contract, _), _ = _as_tuples(dimension_numbers, lhs.ndim, rhs.ndim)
     rows = tuple(size for axis, size in enumerate(lhs.shape) if axis not in lhs_contract)
+    check_row_mask(row_mask, rows)
+
+
+def check_row_mask(row_mask, rows: tuple[int, ...]) -> None:
+    """Raises ValueError unless `row_mask` says of each of lhs' rows whether it is real."""
     if row_mask.shape != rows or row_mask.dtype != jnp.bool_:
         raise ValueError(
             f"row_mask must be bool{list(rows)}, lhs' shape without its contracted axes; "

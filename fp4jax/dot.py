@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from fp4jax import gemm as gemms
 from fp4jax.batching import vmappable
-from fp4jax.canonical import canonicalize, check_canonical, check_operands, result_type
+from fp4jax.canonical import canonicalize, check_canonical, check_operands, check_row_mask, result_type
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
 from fp4jax.numerics import key_words, mask_rows, quantize_blocks
 from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Quantizer, prepare_tokens, prepare_weights
@@ -101,7 +101,7 @@ def dot_general(
     """
     recipe = as_recipe(recipe)
     _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
-    quantizer, gemm_dtype = _choose(backend, gemm)
+    quantizer, gemm_dtype = implementation(backend, gemm)
     if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
@@ -149,7 +149,9 @@ def prepare(
         raise ValueError(
             f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}"
         )
-    quantizer, _ = _choose(backend, "auto")
+    if row_mask is not None:
+        check_row_mask(row_mask, x.shape[:-1])
+    quantizer, _ = implementation(backend, "auto")
     fitting = _for_contractions(recipe, *(x.shape[-1], _MIN_CONTRACTION) if is_lhs else x.shape[-2:])
 
     def preparation(x, words, row_mask):
@@ -275,8 +277,15 @@ def _report_high_precision(name: str, inputs: int, outputs: int) -> None:
 
 
 @functools.cache
-def _choose(backend: str, gemm: str) -> tuple[Quantizer, jnp.dtype]:
-    """The one place where implementations are chosen: the quantizer, and the dtype of emulated products."""
+def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer, jnp.dtype]:
+    """What serves `backend` and `gemm` here: the function that quantizes, and the dtype of the emulated products.
+
+    The one place where implementations are chosen. Products are accumulated in float32.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: one that this device cannot serve, with the reason.
+    """
     for name, value, table in (("backend", backend, _QUANTIZERS), ("gemm", gemm, _PRODUCTS)):
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
 
-from fp4jax.numerics import QTensor, hadamard, residual, rounding
-from fp4jax.operands import Part, Prepared, dequantize
+from fp4jax.numerics import QTensor, column_mean, hadamard, residual, rounding, row_count
+from fp4jax.operands import Part, Prepared, dequantize, mean_axes
 from fp4jax.recipes import Center, Recipe
 
 # Energies are sums of squares; "noise" is the energy of a residual's quantization error, in the transformed domain
@@ -36,25 +36,23 @@ def gradient_statistics(d, prepared: Prepared, recipe: Recipe, batch_dims: int, 
     rows = jnp.ones(d.shape[:-1], jnp.float32) if row_mask is None else row_mask.astype(jnp.float32)
     rows = jnp.sum(rows, axis=axes[:-1])
     parts = (prepared.forward, prepared.backward)
-    mean = next((dequantize(part.mean) for part in parts if part.mean is not None), None)
-    mean_energy = jnp.zeros_like(rows) if mean is None else _energy(mean, axes) * rows / _means(mean, axes)
+    mean_energy = jnp.zeros_like(rows)
+    split = recipe.dgrad.lhs.split or recipe.wgrad.rhs.split
+    if split:
+        mean = dequantize(next(part.mean for part in parts if part.mean is not None))
+        count = row_count(d.shape, mean_axes(split, d.ndim, batch_dims), row_mask)
+        mean_energy = jnp.sum(jnp.square(mean) * count, axis=axes)
     noises = [
         _noise(d, part, operand, axis, axes, row_mask)
         for part, operand, axis in zip(parts, (recipe.dgrad.lhs, recipe.wgrad.rhs), (-1, -2), strict=True)
     ]
-    return jnp.stack([rows, _energy(d, axes), mean_energy, *noises, *_counts(parts[0].residual, rows, axes)], axis=-1)
+    return jnp.stack(
+        [rows, _energy(d, axes), mean_energy, *noises, *_counts(parts[0].residual, rows, axes, row_mask)], axis=-1
+    )
 
 
 def _energy(x, axes):
     return jnp.sum(jnp.square(x), axis=axes)
-
-
-def _means(mean, axes) -> float:
-    """Number of means in a matrix (sequences, where every sequence has its own)."""
-    count = 1
-    for axis in axes[:-1]:
-        count *= mean.shape[axis]
-    return float(count)
 
 
 def _noise(d, part: Part, operand, axis: int, axes, row_mask):
@@ -62,7 +60,8 @@ def _noise(d, part: Part, operand, axis: int, axes, row_mask):
         return jnp.zeros(d.shape[: axes[0]], jnp.float32)
     if operand.split:
         center = dequantize(part.mean) if operand.split.center is Center.QUANTIZED_MEAN else None
-        center = jnp.mean(d, axis=axes[:-1], keepdims=True) if center is None else center
+        if center is None:
+            center = column_mean(d, mean_axes(operand.split, d.ndim, axes[0]), row_mask)
         d = residual(d, center, row_mask)
     quantized = part.residual.values(padded=(axis,)) * part.residual.tensor_scale
     widths = [(0, quantized.shape[i] - d.shape[i], 0) for i in range(d.ndim)]
@@ -70,7 +69,7 @@ def _noise(d, part: Part, operand, axis: int, axes, row_mask):
     return _energy(quantized - (hadamard(d, axis) if operand.hadamard else d), axes)
 
 
-def _counts(value, rows, axes):
+def _counts(value, rows, axes, row_mask):
     if not isinstance(value, QTensor):
         return [jnp.zeros_like(rows)] * 4
     format = value.format
@@ -79,4 +78,13 @@ def _counts(value, rows, axes):
     codes = lax.slice(codes, [0] * codes.ndim, value.shape)
     largest_scale = len(format.scale.magnitudes) - 1
     found = (codes == 0, codes == largest_code, value.scales == 0, value.scales == largest_scale)
+    if row_mask is not None:
+        found = [what & _real_blocks(row_mask, what.shape[-2])[..., None] for what in found]
     return [jnp.sum(what, axis=axes, dtype=jnp.float32) for what in found]
+
+
+def _real_blocks(row_mask, blocks: int):
+    """Which of the blocks along the last token axis (single rows, or 16 under square blocks) hold a real row."""
+    size = -(-row_mask.shape[-1] // blocks)
+    widths = [(0, 0)] * (row_mask.ndim - 1) + [(0, size * blocks - row_mask.shape[-1])]
+    return jnp.any(jnp.pad(row_mask, widths).reshape(*row_mask.shape[:-1], blocks, size), axis=-1)

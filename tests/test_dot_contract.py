@@ -128,9 +128,7 @@ def with_dtypes(name, lhs, rhs, preferred):
     (x, g), w = contract.inputs(), contract.weights()
     x, w = jnp.asarray(x, lhs), jnp.asarray(w, rhs)
     numbers = contract.DIMENSION_NUMBERS
-    reference = jax.eval_shape(
-        lambda x, w: jax.lax.dot_general(x, w, numbers, preferred_element_type=preferred), x, w
-    )
+    reference = jax.eval_shape(lambda x, w: jax.lax.dot_general(x, w, numbers, preferred_element_type=preferred), x, w)
 
     def gradients(x, w, g, key):
         def dot(x, w):
@@ -225,12 +223,12 @@ def test_vmap_over_weights_alone_is_a_batch_dimension(name):
     def both(x, ws, gs, key):
         xs = jnp.broadcast_to(x, (contract.EXPERTS, *x.shape))
         dot = jax.vmap(
-            lambda w: dot_general(x, w, contract.DIMENSION_NUMBERS, recipe=name, key=key, lhs_q=prepare(x, name, key=key))
+            lambda w: dot_general(
+                x, w, contract.DIMENSION_NUMBERS, recipe=name, key=key, lhs_q=prepare(x, name, key=key)
+            )
         )
         y, pull = jax.vjp(dot, ws)
-        expected_y, _, expected_dw = contract.product_and_gradients(
-            name, xs, ws, gs, key, (((3,), (1,)), ((0,), (0,)))
-        )
+        expected_y, _, expected_dw = contract.product_and_gradients(name, xs, ws, gs, key, (((3,), (1,)), ((0,), (0,))))
         return (y, *pull(gs)), (expected_y, expected_dw)
 
     got, expected = both(x, ws, gs, KEY)

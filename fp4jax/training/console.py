@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from fp4jax.dot import implementation
 from fp4jax.recipes import Recipe
 from fp4jax.training.estimate import duration
 
@@ -19,6 +20,14 @@ def make_console() -> Console:
     if not console.is_terminal:
         console.width = max(console.width, 120)
     return console
+
+
+def _products(config: ml_collections.ConfigDict, recipe: Recipe) -> str:
+    """What really multiplies."""
+    quantizer, dtype = implementation(config.backend, config.gemm)
+    if recipe.is_high_precision:
+        return f"{config.model.dtype}, accumulated in float32"
+    return f"FP4 emulated in {dtype}, accumulated in float32; quantizer: {quantizer.__name__}"
 
 
 def start_table(
@@ -47,7 +56,7 @@ def start_table(
     table.add_row("model", f"{config.model.name}: {total:,} parameters, {without_embedding:,} without embedding")
     table.add_row("recipe", str(recipe))
     table.add_row("policy", config.policy)
-    table.add_row("GEMM", f"products {config.gemm}, quantizer {config.backend}")
+    table.add_row("GEMM", _products(config, recipe))
     table.add_row("mesh", describe_mesh(mesh))
     table.add_row("device", describe_devices(mesh))
     table.add_row("state", f"{state_bytes / 1e9:.2f} GB (float32 parameters and two moments)")

@@ -1,0 +1,553 @@
+"""`dot_general` against the equations in float64 (tests/oracle.py), and what it promises beyond them.
+
+Data are multiples of 2^-10, so that sums over tokens, and with them means and codes, do not depend on the order of additions.
+"""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fp4jax import numerics
+from fp4jax.dot import dot_general, prepare
+from fp4jax.numerics import NVFP4
+from fp4jax.recipes import Center, Gemm, MeanSplit, Operand, Recipe, list_recipes, recipe
+from fp4jax.statistics import GRADIENT_STATISTICS
+from tests import contract, oracle
+from tests.contract import assert_close, assert_identical
+
+KEY = jax.random.key(3)
+BATCH, LENGTH, INPUTS, OUTPUTS = 3, 11, 37, 21  # nothing divides by a block
+SLOW = pytest.mark.slow
+REAL = np.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 4 != 2
+
+
+def data(shape, seed, spread=1.0, offset=1.0):
+    rng = np.random.default_rng(seed)
+    x = spread * rng.standard_normal(shape) + offset * rng.standard_normal(shape[-1])
+    return np.asarray(np.round(x * 1024) / 1024, np.float32)
+
+
+def operands(*batch, tokens=(BATCH, LENGTH), inputs=INPUTS, outputs=OUTPUTS):
+    """X, W, D"""
+    return data((*batch, *tokens, inputs), 1), data((*batch, inputs, outputs), 2), data((*batch, *tokens, outputs), 3)
+
+
+@functools.cache
+def masked_product(name, batch_dims=0):
+    """Compiled (x, w, g, row_mask, key) → y, dx, dw, statistics."""
+
+    def product(x, w, g, row_mask, key):
+        batch = tuple(range(batch_dims))
+        numbers = (((x.ndim - 1,), (batch_dims,)), (batch, batch))
+
+        def dot(x, w, probe):
+            return dot_general(x, w, numbers, recipe=name, key=key, row_mask=row_mask, probe=probe)
+
+        y, pull = jax.vjp(dot, x, w, jnp.zeros(len(GRADIENT_STATISTICS)))
+        return y, *pull(g)
+
+    compiled = contract.jit(product)
+    return lambda *args: tuple(np.asarray(t) for t in compiled(*args))
+
+
+def oracle_layer(name, x, w, g, row_mask=None, batch_dims=0):
+    def transform(x, axis):  # fp4jax's own: its float32 order of additions decides the bfloat16 rounding
+        return np.asarray(numerics.hadamard(jnp.asarray(x), axis))
+
+    return oracle.averis_layer(
+        x, w, g, name, words=contract.words(KEY), batch_dims=batch_dims, row_mask=row_mask, hadamard_fn=transform
+    )
+
+
+def assert_equals_oracle(got, layer):
+    """A single code that differed would show a hundred times over: only the order of float32 sums is allowed for."""
+    for tensor, expected in zip(got, (layer.y, layer.dx, layer.dw), strict=True):
+        assert tensor.shape == expected.shape and expected.any()
+        assert np.abs(tensor - expected).max() < 3e-6 * np.abs(expected).max()
+
+
+# ---------------------------------------------------------------- against the oracle
+
+SERVED = [name for name in list_recipes() if name != "bf16"]  # the oracle quantizes
+VARIANTS = [
+    name
+    for name in contract.ROWS
+    if name.split("+")[0] in SERVED and name.endswith(("+nearest", "+sr_all", "+mean_bf16"))
+]
+QUICK_VARIANTS = ("averis+sr_all", "averis+mean_bf16", "averis_centered+nearest")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in (*SERVED, *QUICK_VARIANTS) else SLOW) for n in SERVED + VARIANTS]
+)
+def test_equals_oracle(name):
+    x, w, g = operands()
+    everything = np.ones(REAL.shape, bool)
+    *got, _ = masked_product(name)(x, w, g, everything, KEY)
+    assert_equals_oracle(got, oracle_layer(name, x, w, g))
+
+    poison = np.where(REAL[..., None], np.float32(0), np.float32(np.nan))
+    *got, _ = masked_product(name)(x + poison, w, g + poison, REAL, KEY)
+    assert_equals_oracle(got, oracle_layer(name, x, w, g, REAL))
+    assert not got[0][~REAL].any() and not got[1][~REAL].any()
+
+
+@pytest.mark.parametrize("name", ["averis_centered", *(pytest.param(n, marks=SLOW) for n in SERVED + VARIANTS)])
+def test_experts_equal_oracle(name):
+    """A batch dimension: means, tensor scales and draws of its own for every matrix."""
+    x, w, g = operands(2)
+    x, g = x * np.float32([1, 64]).reshape(2, 1, 1, 1), g * np.float32([8, 1]).reshape(2, 1, 1, 1)
+    mask = np.stack([REAL, ~REAL])
+    *got, _ = masked_product(name, batch_dims=1)(x, w, g, mask, KEY)
+    assert_equals_oracle(got, oracle_layer(name, x, w, g, mask, batch_dims=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SERVED + VARIANTS)
+@pytest.mark.parametrize("exponent", [0, -20, 12])
+@pytest.mark.parametrize("tokens, inputs, outputs", [((33,), 47, 65), ((2, 2, 17), 16, 48), ((1, 1), 64, 16)], ids=str)
+def test_other_shapes_and_magnitudes_equal_oracle(name, exponent, tokens, inputs, outputs):
+    x, w, g = operands(tokens=tokens, inputs=inputs, outputs=outputs)
+    x, g = x * np.float32(2.0**exponent), g * np.float32(2.0**-exponent)
+    mask = np.ones(tokens, bool)
+    *got, _ = masked_product(name)(x, w, g, mask, KEY)
+    expected = oracle_layer(name, x, w, g)
+    if tokens == (1, 1) and recipe(name).wgrad.lhs.split:  # one token is its own mean
+        assert not expected.operands["fprop.x"].codes.any() or recipe(name).fprop.lhs.split.center is not Center.MEAN
+    assert_equals_oracle(got, expected)
+
+
+# ---------------------------------------------------------------- the algebra of splits
+
+PLAIN = Operand()
+
+
+@pytest.mark.parametrize(
+    "center, which",
+    [(Center.MEAN, "all"), *((Center.QUANTIZED_MEAN, which) for which in ("fprop.x", "wgrad.x", "wgrad.g", "all"))],
+)
+def test_a_split_in_high_precision_changes_nothing(center, which):
+    """Exact for any centre. A centre off the mean leaves column sums, and dW is wrong without their corrections."""
+    mean = PLAIN if center is Center.MEAN else Operand(NVFP4)
+    split = Operand(split=MeanSplit(center, mean))
+
+    def choose(slot, operand):
+        return split if which == slot or which == "all" and not slot.endswith(".w") else operand
+
+    mine = Recipe("mine").map_operands(choose)
+    x, w, g = operands(inputs=40)
+    y, dx, dw, _ = masked_product(mine)(x, w, g, REAL, KEY)
+    x, g = x * REAL[..., None], g * REAL[..., None]
+    for got, expected in ((y, x @ w), (dx, g @ w.T), (dw, np.einsum("btk,btn->kn", x, g))):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+# ---------------------------------------------------------------- row masks
+
+
+@pytest.mark.parametrize("name", ["averis_centered_hadamard", *(pytest.param(n, marks=SLOW) for n in contract.ROWS)])
+def test_real_rows_alone(name):
+    """Masked rows at the end of a sequence are padding: the result is that of the rows in front, draws included."""
+    x, w, g = operands(tokens=(1, 19))
+    y, dx, dw, statistics = masked_product(name)(x, w, g, np.arange(19)[None] < 13, KEY)
+    alone = masked_product(name)(x[:, :13], w, g[:, :13], np.ones((1, 13), bool), KEY)
+    assert_close((y[:, :13], dx[:, :13], dw, statistics), alone)
+    assert not y[:, 13:].any() and not dx[:, 13:].any()
+
+
+@pytest.mark.parametrize("name", ["averis", "averis+per_sequence", *(pytest.param(n, marks=SLOW) for n in SERVED)])
+def test_no_real_row(name):
+    x, w, g = operands()
+    for tensor in masked_product(name)(x, w, g, np.zeros(REAL.shape, bool), KEY):
+        assert not tensor.any()
+
+
+# ---------------------------------------------------------------- layouts
+
+LAYOUTS = {
+    # axes of x by name (b, t tokens; k, h contracted), axes of w (n, m free), contraction order
+    "several contracted axes": ("btkh", "khn", "kh"),
+    "contracted in another order": ("bktk"[:1] + "kth", "hnk", "hk"),
+    "tokens last": ("khbt", "nmkh", "kh"),
+    "several free axes of w": ("bhtk", "nkmh", "kh"),
+}
+SIZES = dict(b=3, t=11, k=6, h=7, n=9, m=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_equals_the_canonical_one(layout):
+    lhs, rhs, contracted = LAYOUTS[layout]
+    free = "".join(c for c in rhs if c not in contracted)
+    canonical = data([SIZES[c] for c in "bt" + contracted], 4), data([SIZES[c] for c in contracted + free], 5)
+    x = canonical[0].transpose([("bt" + contracted).index(c) for c in lhs])
+    w = canonical[1].transpose([(contracted + free).index(c) for c in rhs])
+    numbers = (tuple(map(lhs.index, contracted)), tuple(map(rhs.index, contracted))), ((), ())
+    tokens = "".join(c for c in lhs if c not in contracted)
+    assert tokens == "bt"
+    merged = canonical[0].reshape(3, 11, 42), canonical[1].reshape(42, -1)
+    g = data((3, 11, merged[1].shape[1]), 6)
+
+    @contract.jit
+    def both(x, w, merged_x, merged_w, g, key):
+        shape = (3, 11, *(SIZES[c] for c in free))
+        got = contract.product_and_gradients("averis", x, w, g.reshape(shape), key, numbers)
+        return got, contract.product_and_gradients("averis", merged_x, merged_w, g, key)
+
+    (y, dx, dw), expected = both(x, w, *merged, g, KEY)
+    back = (
+        dx.transpose([lhs.index(c) for c in "bt" + contracted]),
+        dw.transpose([rhs.index(c) for c in contracted + free]),
+    )
+    got = (y, *back)
+    assert_identical([t.reshape(e.shape) for t, e in zip(got, expected, strict=True)], expected)
+    exact = np.einsum("btk,kn->btn", *merged)
+    assert np.linalg.norm(expected[0] - exact) < 0.2 * np.linalg.norm(exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nvfp4", "averis_centered"])
+def test_batch_axes_anywhere_equal_the_canonical_layout(name):
+    x, w, g = operands(2)
+
+    @contract.jit
+    def both(x, w, g, mask, key):
+        def moved(x, w):  # [B, K, E, T] and [K, N, E]; a mask has lhs' axes without K
+            y = dot_general(
+                x.transpose(1, 3, 0, 2), w.transpose(1, 2, 0), (((1,), (0,)), ((2,), (2,))), recipe=name, key=key,
+                row_mask=mask.transpose(1, 0, 2),
+            )  # fmt: skip
+            return y
+
+        def canonical(x, w):
+            return dot_general(x, w, (((3,), (1,)), ((0,), (0,))), recipe=name, key=key, row_mask=mask)
+
+        results = []
+        for dot in (moved, canonical):
+            y, pull = jax.vjp(dot, x, w)
+            results.append((y, *pull(g)))
+        return results
+
+    got, expected = both(x, w, g, np.stack([REAL, ~REAL]), KEY)
+    assert_identical(got, expected)
+
+
+def test_a_vector_is_one_token():
+    x, w, _ = operands()
+    y = jax.jit(lambda x, w: dot_general(x, w, (((0,), (0,)), ((), ())), recipe="nvfp4+nearest"))
+    matrix = jax.jit(lambda x, w: dot_general(x, w, (((1,), (0,)), ((), ())), recipe="nvfp4+nearest"))
+    assert_identical(y(x[0, 0], w), matrix(x[0, :1], w)[0])
+
+
+# ---------------------------------------------------------------- statistics of the gradient
+
+
+def statistics_of(name, x, w, g, mask):
+    """GRADIENT_STATISTICS by the oracle's operands."""
+    layer, value = oracle_layer(name, x, w, g, mask), recipe(name)
+    real = mask[..., None]
+    residual, mean_energy = g.astype(np.float64), 0.0
+    if split := value.dgrad.lhs.split:
+        mean = oracle.column_mean(g, real.astype(np.float64))
+        row = layer.operands["mean.g"].exact() if split.mean.format else mean.astype(np.float64)
+        mean_energy = real.sum() * np.square(row).sum()
+        residual = residual - (row if split.center is Center.QUANTIZED_MEAN else mean)
+    residual = np.where(real, residual, 0)
+    by_rows, by_tokens = layer.operands["dgrad.g"], layer.operands["wgrad.g"].exact()
+    in_blocks = np.pad(residual, [(0, 0), (0, by_tokens.shape[1] - g.shape[1]), (0, 0)])
+    if value.wgrad.rhs.hadamard:
+        in_blocks = oracle.hadamard(in_blocks, -2).astype(np.float64)
+    codes, scales = by_rows.codes[mask] & 7, by_rows.scale_bytes[mask][:, ::16]
+    return [
+        real.sum(), np.square(g[mask].astype(np.float64)).sum(), mean_energy,
+        np.square(by_rows.exact() - residual).sum(), np.square(by_tokens - in_blocks).sum(),
+        (codes == 0).sum(), (codes == 7).sum(), (scales == 0).sum(), (scales == 126).sum(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [*SERVED[:3], *(pytest.param(n, marks=SLOW) for n in (*SERVED[3:], "averis+mean_bf16", "averis+nearest"))]
+)
+def test_statistics(name):
+    x, w, g = operands()
+    g[:2, :, :16] *= np.float32(2.0**-30)  # blocks that underflow: zero scales
+    for mask in (np.ones(REAL.shape, bool), REAL):
+        statistics = masked_product(name)(x, w, g, mask, KEY)[-1]
+        expected = statistics_of(name, x, w, g, mask)
+        np.testing.assert_allclose(statistics, expected, rtol=2e-4)
+        assert statistics[7] > 0 or recipe(name).dgrad.lhs.split
+
+
+def test_statistics_of_high_precision_are_energies_only():
+    x, w, g = operands()
+    statistics = dict(zip(GRADIENT_STATISTICS, masked_product("bf16")(x, w, g, REAL, KEY)[-1].tolist(), strict=True))
+    assert statistics.pop("rows") == REAL.sum()
+    assert statistics.pop("energy") == pytest.approx(np.square(g[REAL]).sum(), rel=1e-5)
+    assert not any(statistics.values())
+
+
+def test_statistics_add_up_over_microbatches_and_experts():
+    x, w, g = operands(2)
+    everything = np.ones((2, *REAL.shape), bool)
+    total = masked_product("averis_centered", batch_dims=1)(x, w, g, everything, KEY)[-1]
+    assert total[0] == everything.sum()
+
+    @contract.jit
+    def microbatches(x, w, g, key):
+        def loss(probe):
+            def one(total, xwg):
+                x, w, g = xwg
+                y = dot_general(
+                    x, w, contract.DIMENSION_NUMBERS, recipe="averis_centered+nearest", key=key, probe=probe
+                )
+                return total + jnp.vdot(y, g), None
+
+            return jax.lax.scan(one, 0.0, (x, w, g))[0]
+
+        return jax.grad(loss)(jnp.zeros(len(GRADIENT_STATISTICS)))
+
+    expected = sum(np.asarray(statistics_of("averis_centered+nearest", *xwg, everything[0])) for xwg in zip(x, w, g))
+    np.testing.assert_allclose(microbatches(x, w, g, KEY), expected, rtol=2e-4)
+
+
+# ---------------------------------------------------------------- laws, on the contract's compiled products
+
+QUICK = contract.rows()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_scale_equivariance(name):
+    (x, g), w = contract.inputs(), contract.weights()
+    y, dx, dw = contract.product(name)(x, w, g, KEY)
+    for a, b, c in ((-20, 7, -30), (13, -9, 30)):
+        factors = (np.float32(2.0**e) for e in (a, b, c))
+        got = contract.product(name)(*(t * f for t, f in zip((x, w, g), factors, strict=True)), KEY)
+        expected = (t * np.float32(2.0**e) for t, e in ((y, a + b), (dx, c + b), (dw, a + c)))
+        assert_identical(got, tuple(expected))
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("name", QUICK)
+def test_what_is_not_finite_is_never_hidden(name, bad):
+    (x, g), w = contract.inputs(), contract.weights()
+    for i, reaches in enumerate([(0, 2), (0, 1), (1, 2)]):  # x reaches y and dw; w y and dx; g dx and dw
+        tensors = [x.copy(), w.copy(), g.copy()]
+        tensors[i][(1,) * tensors[i].ndim] = bad
+        results = contract.product(name)(*tensors, KEY)
+        for j, result in enumerate(results):
+            assert np.isfinite(result).all() == (j not in reaches)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "averis_centered"])
+def test_dgrad_is_unbiased(name):
+    """Over keys, dX averages to D Q(W)ᵀ, D clipped where a block's rounded scale does not reach its maximum."""
+    count = 400
+    x, w, g = operands(tokens=(2, 17), inputs=24, outputs=40)
+
+    @contract.jit
+    def moments(x, w, g, keys):
+        def dx(key):
+            dot = functools.partial(dot_general, dimension_numbers=contract.DIMENSION_NUMBERS, recipe=name, key=key)
+            return jax.vjp(lambda x: dot(x, w), x)[1](g)[0]
+
+        samples = jax.lax.map(dx, keys)
+        return samples.mean(0), samples.std(0, ddof=1)
+
+    mean, deviation = (np.asarray(t, np.float64) for t in moments(x, w, g, jax.random.split(KEY, count)))
+    layer = oracle_layer(name, x, w, g)
+    q, center = layer.operands["dgrad.g"], np.zeros(1)
+    if name == "averis_centered":
+        center = layer.operands["mean.g"].exact()
+    largest = 6 * q.scales.astype(np.float64) * (q.amax / np.float32(2688))
+    unrounded = np.clip(g - center, -largest, largest) + center
+    z = (mean - unrounded @ layer.operands["dgrad.w"].exact().T) * np.sqrt(count) / deviation
+    assert np.abs(z).max() < 5
+    assert abs(z.mean()) < 5 / np.sqrt(z.size / 40)  # the 24 columns of a row share their draws
+    assert 0.8 < z.std() < 1.2
+
+
+# ---------------------------------------------------------------- fewer than 16 features
+
+
+def test_small_contractions_stay_in_high_precision_and_say_so_once(caplog):
+    shapes = [(13, 29), (29, 13)]
+    for inputs, outputs in shapes:
+        x, w, g = operands(inputs=inputs, outputs=outputs)
+        for _ in range(2):
+            y, dx, dw, _ = masked_product("nvfp4_hadamard")(x, w, g, np.ones(REAL.shape, bool), KEY)
+            prepare(jnp.asarray(w), "nvfp4_hadamard", "rhs", KEY)
+        layer = oracle_layer("nvfp4_hadamard", x, w, g)
+        if inputs < 16:
+            assert_close((y, dw), (x @ w, np.einsum("btk,btn->kn", x, g)))
+        else:
+            assert_equals_oracle((y, layer.dx.astype(np.float32), dw), layer)
+        assert_close(dx, g @ w.T)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "nvfp4_hadamard: all three GEMMs of a 13 -> 29 product in high precision (contraction below 16)",
+        "nvfp4_hadamard: dgrad of a 29 -> 13 product in high precision (contraction below 16)",
+    ]
+
+
+def test_sixteen_features_are_quantized():
+    x, w, g = operands(inputs=16, outputs=16)
+    *got, _ = masked_product("nvfp4")(x, w, g, np.ones(REAL.shape, bool), KEY)
+    assert_equals_oracle(got, oracle_layer("nvfp4", x, w, g))
+
+
+# ---------------------------------------------------------------- keys
+
+
+def evaluate(name, key=None, **options):
+    x, w, _ = operands()
+    numbers = contract.DIMENSION_NUMBERS
+    return jax.eval_shape(lambda x, w: dot_general(x, w, numbers, recipe=name, key=key, **options), x, w)
+
+
+def differentiate(name, key=None):
+    x, w, _ = operands()
+
+    def loss(x, w):
+        return dot_general(x, w, contract.DIMENSION_NUMBERS, recipe=name, key=key).sum()
+
+    return jax.eval_shape(jax.grad(loss), x, w)
+
+
+def test_keys_are_asked_for_where_bits_are_drawn():
+    for name in ("averis", "averis+nearest", "bf16"):
+        evaluate(name)
+    with pytest.raises(ValueError, match="averis.sr_all rounds stochastically in the forward: pass key=jax.random.key"):
+        evaluate("averis+sr_all")
+    with pytest.raises(ValueError, match="averis rounds gradients stochastically: pass key=.*or use averis.nearest"):
+        differentiate("averis")
+    for name, key in (("averis+nearest", None), ("bf16", None), ("averis", KEY), ("averis+sr_all", KEY)):
+        differentiate(name, key)
+    x, w, _ = map(jnp.asarray, operands())
+    for side, operand in (("lhs", x), ("rhs", w)):
+        with pytest.raises(ValueError, match="rounds stochastically in the forward"):
+            prepare(operand, "averis+sr_all", side)
+
+
+def test_raw_and_typed_keys_are_the_same():
+    x, w, g = contract.inputs()[0], contract.weights(), contract.inputs()[1]
+    typed = contract.product("nvfp4")(x, w, g, KEY)
+    assert_identical(contract.jit(contract.product("nvfp4").eager)(x, w, g, jax.random.key_data(KEY)), typed)
+
+
+# ---------------------------------------------------------------- errors
+
+F32 = np.float32
+unchecked = inspect.unwrap  # without the type checker of the tests, which would raise first
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lhs=np.ones((2, 3, 32), int)), "lhs must be floating-point to be quantized, got int.*convert it"),
+        (dict(rhs=np.ones((32, 16), np.int8)), "rhs must be floating-point to be quantized, got int8"),
+        (dict(lhs=np.ones((2, 0, 32), F32)), r"lhs has an empty axis: shape \(2, 0, 32\); every axis needs"),
+        (dict(rhs=np.ones((32, 0), F32)), r"rhs has an empty axis: shape \(32, 0\)"),
+        (dict(row_mask=np.ones((3,), bool)), r"row_mask must be bool\[2, 3\].*got bool\[3\]"),
+        (dict(row_mask=np.ones((2, 3), F32)), r"row_mask must be bool\[2, 3\].*got float32\[2, 3\]"),
+        (dict(probe=np.zeros((3,), F32)), "probe must be"),
+        (dict(probe=np.zeros((len(GRADIENT_STATISTICS),), np.float16)), "probe must be"),
+        (dict(recipe="averes"), "unknown recipe 'averes'; known: bf16"),
+        (dict(backend="cuda"), "backend must be one of auto, xla, pallas, got 'cuda'"),
+        (dict(gemm="fp4"), "gemm must be one of auto, emulated, native, got 'fp4'"),
+        (
+            dict(key=np.zeros((3,), np.uint32)),
+            r"key must be one JAX random key of 2 or 4 uint32 words, got uint32\[3\]",
+        ),
+        (dict(key=np.zeros((5, 2), np.uint32)), r"key must be one JAX random key.*got uint32\[5, 2\]"),
+    ],
+    ids=lambda case: "-".join(case) if isinstance(case, dict) else None,
+)
+def test_errors_of_dot_general(change, message):
+    arguments = dict(lhs=np.ones((2, 3, 32), F32), rhs=np.ones((32, 16), F32), recipe="averis", key=KEY) | change
+    arguments = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=message) as raised:
+        unchecked(dot_general)(dimension_numbers=contract.DIMENSION_NUMBERS, **arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_operands_that_do_not_fit_get_the_error_of_lax():
+    x, w = jnp.ones((2, 3, 32)), jnp.ones((31, 16))
+    with pytest.raises(TypeError, match="contracting dimensions to have equal sizes|contracting"):
+        dot_general(x, w, contract.DIMENSION_NUMBERS, recipe="averis")
+
+
+def test_what_cannot_be_served_raises():
+    with pytest.raises(NotImplementedError, match="gemm='native'.*gemm='emulated' gives the same"):
+        evaluate("averis", gemm="native")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(NotImplementedError, match="backend='pallas': .*backend='xla' gives the same bits"):
+            evaluate("averis", backend="pallas")
+        with pytest.raises(NotImplementedError, match="backend='pallas'"):
+            prepare(jnp.ones((2, 32)), "averis", backend="pallas")
+    assert evaluate("averis", gemm="emulated", backend="xla").shape == (BATCH, LENGTH, OUTPUTS)
+
+
+@functools.cache
+def prepared(name):
+    x, w, _ = map(jnp.asarray, operands())
+    return jax.jit(lambda x, w: (prepare(x, name), prepare(w, name, "rhs")))(x, w)
+
+
+def test_errors_of_prepared_operands():
+    x, w, _ = map(jnp.asarray, operands())
+    xq, wq = prepared("nvfp4+nearest")
+    dot = functools.partial(dot_general, recipe="nvfp4+nearest")
+    numbers = contract.DIMENSION_NUMBERS
+    for options in (dict(lhs_q=xq), dict(rhs_q=wq)):
+        with pytest.raises(
+            ValueError, match="_q was prepared for recipe nvfp4.nearest, this product has averis: prepare"
+        ):
+            dot_general(x, w, numbers, recipe="averis", **options)
+    nameless = dataclasses.replace(xq, recipe=None)
+    with pytest.raises(ValueError, match="lhs_q was prepared for recipe None"):
+        dot(x, w, numbers, lhs_q=nameless)
+    with pytest.raises(ValueError, match=r"with lhs_q, lhs must be \[\*batch, \*tokens, K\]"):
+        dot(x.transpose(0, 2, 1), w, (((1,), (0,)), ((), ())), lhs_q=xq)
+    with pytest.raises(ValueError, match=r"with rhs_q, rhs must be \[\*batch, K, N\]"):
+        dot(x, w.T, (((2,), (1,)), ((), ())), rhs_q=wq)
+    with pytest.raises(ValueError, match=r"with rhs_q, rhs must be \[\*batch, K, N\]"):
+        dot(x, w.reshape(INPUTS, 3, 7), numbers, rhs_q=wq)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            dict(x=np.ones((2, 32), F32), side="left"),
+            r"side must be 'lhs' \(activations\) or 'rhs' \(weights\), got 'left'",
+        ),
+        (dict(x=np.ones((2, 32), np.int32)), "floating array of >= 2 axes, got int32"),
+        (dict(x=np.ones((32,), F32)), "floating array of >= 2 axes"),
+        (dict(x=np.ones((0, 32), F32)), "non-empty floating array"),
+        (dict(x=np.ones((2, 32), F32), batch_dims=1), "of >= 3 axes"),
+        (dict(x=np.ones((2, 32, 16), F32), side="rhs"), r"weights are \[\*batch, K, N\].*got shape \(2, 32, 16\)"),
+        (dict(x=np.ones((32, 16), F32), side="rhs", row_mask=np.ones((32,), bool)), "have no row mask"),
+        (dict(x=np.ones((2, 32), F32), recipe="averes"), "unknown recipe 'averes'"),
+        (dict(x=np.ones((2, 32), F32), backend="cuda"), "backend must be one of"),
+        (dict(x=np.ones((2, 32), F32), row_mask=np.ones((3,), bool)), r"row_mask must be bool\[2\]"),
+    ],
+)
+def test_errors_of_prepare(arguments, message):
+    arguments = {
+        k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in (dict(recipe="averis") | arguments).items()
+    }
+    with pytest.raises(ValueError, match=message) as raised:
+        unchecked(prepare)(**arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_gradient_flows_through_prepare():
+    x, _, _ = operands()
+
+    def loss(x):
+        return jax.tree.reduce(jnp.add, [leaf.sum() for leaf in jax.tree.leaves(prepare(x, "bf16"))])
+
+    assert not contract.jit(jax.grad(loss))(x).any()
