@@ -27,6 +27,10 @@ def vmappable(
     @function.def_vmap
     def rule(size, batched, dense, weights, prepared, words, mask):
         dense_is, weights_is, prepared_is, words_is, mask_is = batched
+        if words_is is True and not any(jax.tree.leaves((dense_is, weights_is, prepared_is, mask_is))):
+            # Keys alone are mapped: the same product drawn anew for every key.
+            outputs = jax.lax.map(lambda one: function(dense, weights, prepared, one, mask), words)
+            return outputs, jax.tree.map(lambda _: True, outputs)
         # One key serves all examples: rows and batch indices already separate their draws.
         words = words[0] if words_is is True else words
         only_dense = (

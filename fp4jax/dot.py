@@ -160,7 +160,9 @@ def prepare(
 
     args = (x, None if key is None else key_words(key), row_mask)
     mesh = explicit_mesh(x)
-    specs = None if mesh is None else specs_like(x, jax.eval_shape(preparation, *args), mesh)
+    # Shapes without shardings: not every step inside can be typed with Explicit axes.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
+    specs = None if mesh is None else specs_like(x, jax.eval_shape(preparation, *shapes), mesh)
     prepared = with_auto_axes(preparation, mesh, specs)(*args)
     if is_lhs:
         prepared = jax.tree.map(lambda leaf: checkpoint_name(leaf, LINEAR_INPUTS), prepared)
@@ -186,7 +188,8 @@ def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words,
     if needs_key and words is None:
         raise ValueError(f"recipe {recipe.name} rounds stochastically in the forward: pass key=jax.random.key(seed)")
     x, w = lax.stop_gradient((x, w))
-    return _preparation(recipe, batch_dims, quantizer)(x, w, (), words, mask)
+    # Words that nothing reads would tie what is prepared to them: `vmap` over keys would prepare it for every key.
+    return _preparation(recipe, batch_dims, quantizer)(x, w, (), words if needs_key else None, mask)
 
 
 @functools.cache
@@ -195,7 +198,7 @@ def _differentiable(spec: _Spec):
 
     @jax.custom_vjp
     def dot(x, w, xq, wq, words, mask, probe):
-        return _fprop(spec)((), wq.forward, xq.forward, words, mask)[0]
+        return _fprop(spec)((), wq.forward, xq.forward, None, mask)[0]
 
     def forward(x, w, xq, wq, words, mask, probe):
         if spec.recipe.gradient_draws and words is None:
@@ -203,7 +206,7 @@ def _differentiable(spec: _Spec):
             raise ValueError(
                 f"recipe {name} rounds gradients stochastically: pass key=jax.random.key(seed), or use {name}+nearest"
             )
-        (y,) = _fprop(spec)((), wq.forward, xq.forward, words, mask)
+        (y,) = _fprop(spec)((), wq.forward, xq.forward, None, mask)
         return y, (xq.backward, wq.backward, words, mask, probe)
 
     def backward(residuals, d):

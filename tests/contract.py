@@ -1,8 +1,8 @@
 """The table of recipes that the contract suite runs, and the compiled products that its tests share.
 
-A new recipe or variant becomes a row by itself. Inputs are small multiples of a power of two in a power-of-two number of
-rows, so that every mean is exact in any order of addition: codes then agree between programs that XLA fuses differently,
-and results differ by the order of the last sums only.
+A new recipe or variant becomes a row by itself. Inputs are small multiples of a power of two in a power-of-two number
+of rows, so that every mean is exact in any order of addition: codes then agree between programs that XLA fuses
+differently, and results differ by the order of the last sums only.
 """
 
 import functools
@@ -133,7 +133,7 @@ def train_step(name: str, remat: str, prepared: bool):
     """
 
     def step(xs, ws, gs, keys):
-        wqs = jax.vmap(lambda w, key: prepare(w, name, "rhs", key=key))(ws, keys) if prepared else None
+        wqs = jax.lax.map(lambda wk: prepare(wk[0], name, "rhs", key=wk[1]), (ws, keys)) if prepared else None
 
         def stack(x, ws):
             def body(x, layer_inputs):

@@ -1,11 +1,10 @@
 """`dot_general` against the equations in float64 (tests/oracle.py), and what it promises beyond them.
 
-Data are multiples of 2^-10, so that sums over tokens, and with them means and codes, do not depend on the order of additions.
+Data are multiples of 2^-10, so that sums over tokens, and with them means and codes, do not depend on the order of
+additions.
 """
 
-import dataclasses
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import pytest
 from fp4jax import numerics
 from fp4jax.dot import dot_general, prepare
 from fp4jax.numerics import NVFP4
-from fp4jax.recipes import Center, Gemm, MeanSplit, Operand, Recipe, list_recipes, recipe
+from fp4jax.recipes import Center, MeanSplit, Operand, Recipe, list_recipes, recipe
 from fp4jax.statistics import GRADIENT_STATISTICS
 from tests import contract, oracle
 from tests.contract import assert_close, assert_identical
@@ -97,7 +96,10 @@ def test_equals_oracle(name):
     assert not got[0][~REAL].any() and not got[1][~REAL].any()
 
 
-@pytest.mark.parametrize("name", ["averis_centered", *(pytest.param(n, marks=SLOW) for n in SERVED + VARIANTS)])
+@pytest.mark.parametrize(
+    "name",
+    ["averis_centered", *(pytest.param(n, marks=SLOW) for n in (*SERVED, *QUICK_VARIANTS) if n != "averis_centered")],
+)
 def test_experts_equal_oracle(name):
     """A batch dimension: means, tensor scales and draws of its own for every matrix."""
     x, w, g = operands(2)
@@ -108,7 +110,7 @@ def test_experts_equal_oracle(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SERVED + VARIANTS)
+@pytest.mark.parametrize("name", (*SERVED, *QUICK_VARIANTS))
 @pytest.mark.parametrize("exponent", [0, -20, 12])
 @pytest.mark.parametrize("tokens, inputs, outputs", [((33,), 47, 65), ((2, 2, 17), 16, 48), ((1, 1), 64, 16)], ids=str)
 def test_other_shapes_and_magnitudes_equal_oracle(name, exponent, tokens, inputs, outputs):
@@ -150,7 +152,9 @@ def test_a_split_in_high_precision_changes_nothing(center, which):
 # ---------------------------------------------------------------- row masks
 
 
-@pytest.mark.parametrize("name", ["averis_centered_hadamard", *(pytest.param(n, marks=SLOW) for n in contract.ROWS)])
+@pytest.mark.parametrize(
+    "name", ["averis_centered", *(pytest.param(n, marks=SLOW) for n in SERVED if n != "averis_centered")]
+)
 def test_real_rows_alone(name):
     """Masked rows at the end of a sequence are padding: the result is that of the rows in front, draws included."""
     x, w, g = operands(tokens=(1, 19))
@@ -160,7 +164,10 @@ def test_real_rows_alone(name):
     assert not y[:, 13:].any() and not dx[:, 13:].any()
 
 
-@pytest.mark.parametrize("name", ["averis", "averis+per_sequence", *(pytest.param(n, marks=SLOW) for n in SERVED)])
+@pytest.mark.parametrize(
+    "name",
+    ["averis", *(pytest.param(n, marks=SLOW) for n in ("nvfp4", "averis_centered_hadamard", "averis+per_sequence"))],
+)
 def test_no_real_row(name):
     x, w, g = operands()
     for tensor in masked_product(name)(x, w, g, np.zeros(REAL.shape, bool), KEY):
@@ -172,14 +179,14 @@ def test_no_real_row(name):
 LAYOUTS = {
     # axes of x by name (b, t tokens; k, h contracted), axes of w (n, m free), contraction order
     "several contracted axes": ("btkh", "khn", "kh"),
-    "contracted in another order": ("bktk"[:1] + "kth", "hnk", "hk"),
+    "contracted in another order": ("bkth", "hnk", "hk"),
     "tokens last": ("khbt", "nmkh", "kh"),
     "several free axes of w": ("bhtk", "nkmh", "kh"),
 }
 SIZES = dict(b=3, t=11, k=6, h=7, n=9, m=3)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=SLOW if n.startswith("several") else ()) for n in LAYOUTS])
 def test_any_layout_equals_the_canonical_one(layout):
     lhs, rhs, contracted = LAYOUTS[layout]
     free = "".join(c for c in rhs if c not in contracted)
@@ -269,16 +276,14 @@ def statistics_of(name, x, w, g, mask):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [*SERVED[:3], *(pytest.param(n, marks=SLOW) for n in (*SERVED[3:], "averis+mean_bf16", "averis+nearest"))]
-)
+@pytest.mark.parametrize("name", [*SERVED[:3], *(pytest.param(n, marks=SLOW) for n in (*SERVED[3:], *QUICK_VARIANTS))])
 def test_statistics(name):
     x, w, g = operands()
     g[:2, :, :16] *= np.float32(2.0**-30)  # blocks that underflow: zero scales
     for mask in (np.ones(REAL.shape, bool), REAL):
         statistics = masked_product(name)(x, w, g, mask, KEY)[-1]
         expected = statistics_of(name, x, w, g, mask)
-        np.testing.assert_allclose(statistics, expected, rtol=2e-4)
+        np.testing.assert_allclose(statistics, expected, rtol=1e-3)  # noise before a Hadamard transform rounds
         assert statistics[7] > 0 or recipe(name).dgrad.lhs.split
 
 
@@ -310,36 +315,13 @@ def test_statistics_add_up_over_microbatches_and_experts():
 
         return jax.grad(loss)(jnp.zeros(len(GRADIENT_STATISTICS)))
 
-    expected = sum(np.asarray(statistics_of("averis_centered+nearest", *xwg, everything[0])) for xwg in zip(x, w, g))
+    expected = sum(
+        np.asarray(statistics_of("averis_centered+nearest", *xwg, everything[0])) for xwg in zip(x, w, g, strict=True)
+    )
     np.testing.assert_allclose(microbatches(x, w, g, KEY), expected, rtol=2e-4)
 
 
-# ---------------------------------------------------------------- laws, on the contract's compiled products
-
-QUICK = contract.rows()
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_scale_equivariance(name):
-    (x, g), w = contract.inputs(), contract.weights()
-    y, dx, dw = contract.product(name)(x, w, g, KEY)
-    for a, b, c in ((-20, 7, -30), (13, -9, 30)):
-        factors = (np.float32(2.0**e) for e in (a, b, c))
-        got = contract.product(name)(*(t * f for t, f in zip((x, w, g), factors, strict=True)), KEY)
-        expected = (t * np.float32(2.0**e) for t, e in ((y, a + b), (dx, c + b), (dw, a + c)))
-        assert_identical(got, tuple(expected))
-
-
-@pytest.mark.parametrize("bad", [np.inf, np.nan])
-@pytest.mark.parametrize("name", QUICK)
-def test_what_is_not_finite_is_never_hidden(name, bad):
-    (x, g), w = contract.inputs(), contract.weights()
-    for i, reaches in enumerate([(0, 2), (0, 1), (1, 2)]):  # x reaches y and dw; w y and dx; g dx and dw
-        tensors = [x.copy(), w.copy(), g.copy()]
-        tensors[i][(1,) * tensors[i].ndim] = bad
-        results = contract.product(name)(*tensors, KEY)
-        for j, result in enumerate(results):
-            assert np.isfinite(result).all() == (j not in reaches)
+# ---------------------------------------------------------------- stochastic rounding
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "averis_centered"])
@@ -379,7 +361,7 @@ def test_small_contractions_stay_in_high_precision_and_say_so_once(caplog):
         x, w, g = operands(inputs=inputs, outputs=outputs)
         for _ in range(2):
             y, dx, dw, _ = masked_product("nvfp4_hadamard")(x, w, g, np.ones(REAL.shape, bool), KEY)
-            prepare(jnp.asarray(w), "nvfp4_hadamard", "rhs", KEY)
+            jax.eval_shape(lambda w: prepare(w, "nvfp4_hadamard", "rhs", KEY), w)
         layer = oracle_layer("nvfp4_hadamard", x, w, g)
         if inputs < 16:
             assert_close((y, dw), (x @ w, np.einsum("btk,btn->kn", x, g)))
@@ -396,158 +378,3 @@ def test_sixteen_features_are_quantized():
     x, w, g = operands(inputs=16, outputs=16)
     *got, _ = masked_product("nvfp4")(x, w, g, np.ones(REAL.shape, bool), KEY)
     assert_equals_oracle(got, oracle_layer("nvfp4", x, w, g))
-
-
-# ---------------------------------------------------------------- keys
-
-
-def evaluate(name, key=None, **options):
-    x, w, _ = operands()
-    numbers = contract.DIMENSION_NUMBERS
-    return jax.eval_shape(lambda x, w: dot_general(x, w, numbers, recipe=name, key=key, **options), x, w)
-
-
-def differentiate(name, key=None):
-    x, w, _ = operands()
-
-    def loss(x, w):
-        return dot_general(x, w, contract.DIMENSION_NUMBERS, recipe=name, key=key).sum()
-
-    return jax.eval_shape(jax.grad(loss), x, w)
-
-
-def test_keys_are_asked_for_where_bits_are_drawn():
-    for name in ("averis", "averis+nearest", "bf16"):
-        evaluate(name)
-    with pytest.raises(ValueError, match="averis.sr_all rounds stochastically in the forward: pass key=jax.random.key"):
-        evaluate("averis+sr_all")
-    with pytest.raises(ValueError, match="averis rounds gradients stochastically: pass key=.*or use averis.nearest"):
-        differentiate("averis")
-    for name, key in (("averis+nearest", None), ("bf16", None), ("averis", KEY), ("averis+sr_all", KEY)):
-        differentiate(name, key)
-    x, w, _ = map(jnp.asarray, operands())
-    for side, operand in (("lhs", x), ("rhs", w)):
-        with pytest.raises(ValueError, match="rounds stochastically in the forward"):
-            prepare(operand, "averis+sr_all", side)
-
-
-def test_raw_and_typed_keys_are_the_same():
-    x, w, g = contract.inputs()[0], contract.weights(), contract.inputs()[1]
-    typed = contract.product("nvfp4")(x, w, g, KEY)
-    assert_identical(contract.jit(contract.product("nvfp4").eager)(x, w, g, jax.random.key_data(KEY)), typed)
-
-
-# ---------------------------------------------------------------- errors
-
-F32 = np.float32
-unchecked = inspect.unwrap  # without the type checker of the tests, which would raise first
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(lhs=np.ones((2, 3, 32), int)), "lhs must be floating-point to be quantized, got int.*convert it"),
-        (dict(rhs=np.ones((32, 16), np.int8)), "rhs must be floating-point to be quantized, got int8"),
-        (dict(lhs=np.ones((2, 0, 32), F32)), r"lhs has an empty axis: shape \(2, 0, 32\); every axis needs"),
-        (dict(rhs=np.ones((32, 0), F32)), r"rhs has an empty axis: shape \(32, 0\)"),
-        (dict(row_mask=np.ones((3,), bool)), r"row_mask must be bool\[2, 3\].*got bool\[3\]"),
-        (dict(row_mask=np.ones((2, 3), F32)), r"row_mask must be bool\[2, 3\].*got float32\[2, 3\]"),
-        (dict(probe=np.zeros((3,), F32)), "probe must be"),
-        (dict(probe=np.zeros((len(GRADIENT_STATISTICS),), np.float16)), "probe must be"),
-        (dict(recipe="averes"), "unknown recipe 'averes'; known: bf16"),
-        (dict(backend="cuda"), "backend must be one of auto, xla, pallas, got 'cuda'"),
-        (dict(gemm="fp4"), "gemm must be one of auto, emulated, native, got 'fp4'"),
-        (
-            dict(key=np.zeros((3,), np.uint32)),
-            r"key must be one JAX random key of 2 or 4 uint32 words, got uint32\[3\]",
-        ),
-        (dict(key=np.zeros((5, 2), np.uint32)), r"key must be one JAX random key.*got uint32\[5, 2\]"),
-    ],
-    ids=lambda case: "-".join(case) if isinstance(case, dict) else None,
-)
-def test_errors_of_dot_general(change, message):
-    arguments = dict(lhs=np.ones((2, 3, 32), F32), rhs=np.ones((32, 16), F32), recipe="averis", key=KEY) | change
-    arguments = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
-    with pytest.raises(ValueError, match=message) as raised:
-        unchecked(dot_general)(dimension_numbers=contract.DIMENSION_NUMBERS, **arguments)
-    assert "\n" not in str(raised.value)
-
-
-def test_operands_that_do_not_fit_get_the_error_of_lax():
-    x, w = jnp.ones((2, 3, 32)), jnp.ones((31, 16))
-    with pytest.raises(TypeError, match="contracting dimensions to have equal sizes|contracting"):
-        dot_general(x, w, contract.DIMENSION_NUMBERS, recipe="averis")
-
-
-def test_what_cannot_be_served_raises():
-    with pytest.raises(NotImplementedError, match="gemm='native'.*gemm='emulated' gives the same"):
-        evaluate("averis", gemm="native")
-    if jax.default_backend() != "gpu":
-        with pytest.raises(NotImplementedError, match="backend='pallas': .*backend='xla' gives the same bits"):
-            evaluate("averis", backend="pallas")
-        with pytest.raises(NotImplementedError, match="backend='pallas'"):
-            prepare(jnp.ones((2, 32)), "averis", backend="pallas")
-    assert evaluate("averis", gemm="emulated", backend="xla").shape == (BATCH, LENGTH, OUTPUTS)
-
-
-@functools.cache
-def prepared(name):
-    x, w, _ = map(jnp.asarray, operands())
-    return jax.jit(lambda x, w: (prepare(x, name), prepare(w, name, "rhs")))(x, w)
-
-
-def test_errors_of_prepared_operands():
-    x, w, _ = map(jnp.asarray, operands())
-    xq, wq = prepared("nvfp4+nearest")
-    dot = functools.partial(dot_general, recipe="nvfp4+nearest")
-    numbers = contract.DIMENSION_NUMBERS
-    for options in (dict(lhs_q=xq), dict(rhs_q=wq)):
-        with pytest.raises(
-            ValueError, match="_q was prepared for recipe nvfp4.nearest, this product has averis: prepare"
-        ):
-            dot_general(x, w, numbers, recipe="averis", **options)
-    nameless = dataclasses.replace(xq, recipe=None)
-    with pytest.raises(ValueError, match="lhs_q was prepared for recipe None"):
-        dot(x, w, numbers, lhs_q=nameless)
-    with pytest.raises(ValueError, match=r"with lhs_q, lhs must be \[\*batch, \*tokens, K\]"):
-        dot(x.transpose(0, 2, 1), w, (((1,), (0,)), ((), ())), lhs_q=xq)
-    with pytest.raises(ValueError, match=r"with rhs_q, rhs must be \[\*batch, K, N\]"):
-        dot(x, w.T, (((2,), (1,)), ((), ())), rhs_q=wq)
-    with pytest.raises(ValueError, match=r"with rhs_q, rhs must be \[\*batch, K, N\]"):
-        dot(x, w.reshape(INPUTS, 3, 7), numbers, rhs_q=wq)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (
-            dict(x=np.ones((2, 32), F32), side="left"),
-            r"side must be 'lhs' \(activations\) or 'rhs' \(weights\), got 'left'",
-        ),
-        (dict(x=np.ones((2, 32), np.int32)), "floating array of >= 2 axes, got int32"),
-        (dict(x=np.ones((32,), F32)), "floating array of >= 2 axes"),
-        (dict(x=np.ones((0, 32), F32)), "non-empty floating array"),
-        (dict(x=np.ones((2, 32), F32), batch_dims=1), "of >= 3 axes"),
-        (dict(x=np.ones((2, 32, 16), F32), side="rhs"), r"weights are \[\*batch, K, N\].*got shape \(2, 32, 16\)"),
-        (dict(x=np.ones((32, 16), F32), side="rhs", row_mask=np.ones((32,), bool)), "have no row mask"),
-        (dict(x=np.ones((2, 32), F32), recipe="averes"), "unknown recipe 'averes'"),
-        (dict(x=np.ones((2, 32), F32), backend="cuda"), "backend must be one of"),
-        (dict(x=np.ones((2, 32), F32), row_mask=np.ones((3,), bool)), r"row_mask must be bool\[2\]"),
-    ],
-)
-def test_errors_of_prepare(arguments, message):
-    arguments = {
-        k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in (dict(recipe="averis") | arguments).items()
-    }
-    with pytest.raises(ValueError, match=message) as raised:
-        unchecked(prepare)(**arguments)
-    assert "\n" not in str(raised.value)
-
-
-def test_no_gradient_flows_through_prepare():
-    x, _, _ = operands()
-
-    def loss(x):
-        return jax.tree.reduce(jnp.add, [leaf.sum() for leaf in jax.tree.leaves(prepare(x, "bf16"))])
-
-    assert not contract.jit(jax.grad(loss))(x).any()

@@ -140,7 +140,8 @@ def test_remat_linear_inputs_saves_packed_inputs_only():
     per_token = [x for x in saved if x.ndim == 4 and x.shape[0] == TINY.num_layers and TOKENS.shape[0] == x.shape[1]]
     wide = [x.shape[-1] for x in per_token if x.dtype == jnp.float32]
     assert wide == [TINY.hidden_size], "more than a block's input is saved in high precision"
-    # Codes and scales of two copies of each of the four inputs; nothing recomputes the last product, so not its first copy.
+    # Codes and scales of two copies of each of the four inputs,
+    # but for the first copy of the last, whose product nothing recomputes.
     assert sum(x.dtype == jnp.uint8 for x in per_token) == 14
 
 

@@ -1,0 +1,131 @@
+"""The slot in flax.nnx: a layer with it is the product with the key of its stream, which is part of the state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fp4jax
+from fp4jax.nnx import DotGeneral
+from tests import contract
+from tests.contract import assert_close, assert_identical
+
+pytestmark = pytest.mark.standard_promotion  # flax's layers need it
+
+X = jnp.asarray(contract.gridded((2, 8, 24), 1))
+FEATURES = 40
+
+
+def linear(recipe="averis", **options):
+    slot = DotGeneral(recipe, rngs=nnx.Rngs(fp4=3), **options)
+    return nnx.Linear(24, FEATURES, use_bias=False, dot_general=slot, rngs=nnx.Rngs(0))
+
+
+def several_axes(recipe="averis"):
+    slot = DotGeneral(recipe, rngs=nnx.Rngs(fp4=3))
+    return nnx.LinearGeneral((6, 4), (8, 5), axis=(-2, -1), use_bias=False, dot_general=slot, rngs=nnx.Rngs(0))
+
+
+def sine_loss(layer, x):
+    y = layer(x)
+    return jnp.sum(jnp.sin(y)), y
+
+
+@nnx.jit
+def output_and_gradients(layer, x):
+    (_, y), (parameters, dx) = nnx.value_and_grad(sine_loss, argnums=(0, 1), has_aux=True)(layer, x)
+    return y, dx, parameters["kernel"][...]
+
+
+@pytest.mark.parametrize(
+    "make, shape", [(linear, (2, 8, 24)), pytest.param(several_axes, (2, 8, 6, 4), marks=pytest.mark.slow)]
+)
+def test_layer_is_the_product_with_the_key_of_its_stream(make, shape):
+    layer, x = make(), X.reshape(shape)
+    kernel, stream = layer.kernel[...], nnx.clone(layer.dot_general.stream)
+    contracted = len(shape) - 2
+    numbers = (tuple(range(2, 2 + contracted)), tuple(range(contracted))), ((), ())
+
+    @contract.jit
+    def expected(x, kernel, key):
+        def loss(x, kernel):
+            y = fp4jax.dot_general(x, kernel, numbers, recipe="averis", key=key)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+        return y, *gradients
+
+    steps = [output_and_gradients(layer, x) for _ in range(2)]
+    for got in steps:
+        assert_close(got, expected(x, kernel, stream()))
+    assert_identical(steps[0][0], steps[1][0])
+    assert not np.array_equal(steps[0][1], steps[1][1])
+
+
+def test_the_stream_is_saved_and_restored_with_the_model():
+    layer = linear()
+    output_and_gradients(layer, X)
+    graph, state = nnx.split(layer)
+    state = jax.tree.map(jnp.copy, state)
+    assert layer.dot_general.stream.count[...] == 1
+    assert any("stream" in path for path, _ in nnx.to_flat_state(state))
+    continued = output_and_gradients(layer, X)
+    resumed = output_and_gradients(nnx.merge(graph, state), X)
+    assert_identical(resumed, continued)
+
+
+def test_every_slot_forks_a_stream_of_its_own():
+    rngs = nnx.Rngs(fp4=3)
+    first, second = DotGeneral("averis", rngs=rngs), DotGeneral("averis", rngs=rngs)
+    assert first.stream() != second.stream()
+    default = DotGeneral("averis", rngs=nnx.Rngs(3))
+    assert default.stream is not None
+
+
+def test_evaluation_draws_nothing():
+    layer = linear()
+    layer.eval()
+    assert layer.dot_general.deterministic
+    y = nnx.jit(lambda layer, x: layer(x))(layer, X)
+    assert layer.dot_general.stream.count[...] == 0
+    layer.train()
+    assert_close(y, output_and_gradients(layer, X)[0])
+    layer.eval()
+    with pytest.raises(ValueError, match="averis rounds gradients stochastically: pass key"):
+        output_and_gradients(layer, X)
+
+
+def test_forward_noise_is_drawn_in_evaluation_too():
+    layer = linear("averis+sr_all", deterministic=True)
+    assert nnx.eval_shape(lambda layer: layer(X), layer).shape == (2, 8, FEATURES)
+
+
+def test_streams_exist_where_the_recipe_draws():
+    assert DotGeneral("averis+nearest").stream is None and DotGeneral("bf16").stream is None
+    with pytest.raises(ValueError, match=r"recipe averis rounds stochastically: pass rngs=nnx.Rngs\(fp4=0\)"):
+        DotGeneral("averis")
+    with pytest.raises(ValueError, match="unknown recipe 'averes'"):
+        DotGeneral("averes")
+    other = DotGeneral("averis", rngs=nnx.Rngs(noise=1), rng_stream="noise")
+    assert other.stream is not None
+    with pytest.raises(NotImplementedError, match="gemm='native'"):
+        nnx.eval_shape(lambda layer: layer(X), linear(gemm="native"))
+
+
+def test_attention():
+    """All of its four products; the three that share a slot draw one key after another."""
+    slots = [DotGeneral("nvfp4", rngs=nnx.Rngs(fp4=seed)) for seed in (1, 2)]
+    attention = nnx.MultiHeadAttention(
+        num_heads=2, in_features=24, qkv_features=32, decode=False, rngs=nnx.Rngs(0),
+        qkv_dot_general=slots[0], out_dot_general=slots[1],
+    )  # fmt: skip
+
+    @nnx.jit
+    def step(attention, x):
+        loss, gradients = nnx.value_and_grad(lambda attention, x: jnp.mean(jnp.square(attention(x))))(attention, x)
+        return loss, gradients
+
+    loss, gradients = step(attention, X)
+    assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert slots[0].stream.count[...] == 3 and slots[1].stream.count[...] == 1
