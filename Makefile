@@ -24,10 +24,10 @@ train: $(INSTALLED) ## train CONFIG in WORKDIR; run again to resume
 	$(PYTHON_VENV) train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(INSTALLED) ## the quick tests, on the CPU (ARGS="-k dot" for a few)
-	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -m "not slow and not gpu and not peer" $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -n 2 -m "not slow and not gpu and not peer" $(ARGS)
 
 test-slow: $(INSTALLED) ## only the slow tests, on the CPU
-	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -m "slow and not gpu and not peer" $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -n 2 -m "slow and not gpu and not peer" $(ARGS)
 
 .venv-cuda/.installed: requirements.txt requirements-test.txt $(INSTALLED)
 	$(PYTHON_VENV) -m venv .venv-cuda

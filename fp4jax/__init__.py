@@ -14,6 +14,8 @@ _DEFINED_IN = {
     "dot_general": "fp4jax.dot",
     "prepare": "fp4jax.dot",
     "Prepared": "fp4jax.dot",
+    "LINEAR_INPUTS": "fp4jax.dot",  # the name of prepared activations for jax.checkpoint's policies
+    "GRADIENT_STATISTICS": "fp4jax.statistics",  # what the cotangent of `probe` holds
     # Quantized arrays and their formats: the specification of every bit.
     "quantize": "fp4jax.numerics",
     "QTensor": "fp4jax.numerics",
@@ -22,6 +24,7 @@ _DEFINED_IN = {
     # What happens to each operand of each GEMM, and which layer gets which recipe.
     "recipe": "fp4jax.recipes",
     "list_recipes": "fp4jax.recipes",
+    "list_variants": "fp4jax.recipes",
     "Recipe": "fp4jax.recipes",
     "Policy": "fp4jax.policy",
 }

@@ -5,10 +5,13 @@
 statistics (a single token is its own mean and leaves no residual).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from fp4jax.numerics.bits import mix
 
 
 def vmappable(
@@ -27,16 +30,19 @@ def vmappable(
     @function.def_vmap
     def rule(size, batched, dense, weights, prepared, words, mask):
         dense_is, weights_is, prepared_is, words_is, mask_is = batched
-        if words_is is True and not any(jax.tree.leaves((dense_is, weights_is, prepared_is, mask_is))):
-            # Keys alone are mapped: the same product drawn anew for every key.
-            outputs = jax.lax.map(lambda one: function(dense, weights, prepared, one, mask), words)
-            return outputs, jax.tree.map(lambda _: True, outputs)
-        # One key serves all examples: rows and batch indices already separate their draws.
-        words = words[0] if words_is is True else words
         only_dense = (
             any(jax.tree.leaves(dense_is)) and jax.tree.leaves(prepared) and not any(jax.tree.leaves(prepared_is))
         )
-        if any(jax.tree.leaves(weights_is)) or only_dense:  # the latter: several cotangents of one product
+        only_keys = not any(jax.tree.leaves((dense_is, weights_is, prepared_is, mask_is)))
+        # Several weights; several cotangents of one product; the same product drawn anew.
+        independent = any(jax.tree.leaves(weights_is)) or only_dense or only_keys
+        if independent and words_is is True:
+            # A key for every matrix: each draws as it would alone.
+            outputs = _one_by_one(function, (dense, weights, prepared, words, mask), batched)
+            return outputs, jax.tree.map(lambda _: True, outputs)
+        # More tokens of one product: their rows separate the draws, and every key has its part in the one stream.
+        words = _combine(words) if words_is is True else words
+        if independent:
             args = [
                 _to_batch(size, *pair) for pair in ((dense, dense_is), (weights, weights_is), (prepared, prepared_is))
             ]
@@ -50,6 +56,24 @@ def vmappable(
         return tuple(value for value, _ in pairs), tuple(flag for _, flag in pairs)
 
     return function
+
+
+def _one_by_one(function, args, batched):
+    """`jax.lax.map` over the mapped leaves of `args`."""
+    leaves, treedef = jax.tree.flatten(args)
+    flags = jax.tree.leaves(batched)
+
+    def one(mapped):
+        mapped = iter(mapped)
+        whole = [next(mapped) if is_in else leaf for leaf, is_in in zip(leaves, flags, strict=True)]
+        return function(*jax.tree.unflatten(treedef, whole))
+
+    return jax.lax.map(one, [leaf for leaf, is_in in zip(leaves, flags, strict=True) if is_in])
+
+
+def _combine(words):
+    """One pair of random words from several."""
+    return functools.reduce(lambda left, right: left ^ mix(right + left), words)
 
 
 def _to_batch(size, tree, batched):
@@ -75,3 +99,40 @@ def _from_tokens(size, position, tree):
         lambda x, is_in: jnp.moveaxis(x, position, 0) if is_in else jnp.squeeze(x, position), tree, mapped
     )
     return moved, mapped
+
+
+@jax.custom_jvp
+def once_differentiable(*arrays):
+    """Nothing, unless it is differentiated: the forward rule of a VJP calls it with its operands.
+
+    Codes have no derivative, so a Hessian or a gradient penalty would silently come out as zero.
+    """
+    del arrays
+    return ()
+
+
+@once_differentiable.defjvp
+def _second_derivative(primals, tangents):
+    raise NotImplementedError(
+        "fp4jax.dot_general can be differentiated once, as rounding has no second derivative; for Hessians and "
+        "gradient penalties use recipe='bf16' (without lhs_q, rhs_q, row_mask and probe)"
+    )
+
+
+def vary_alike(*trees):
+    """Inside `jax.shard_map`: every array typed as varying over the mesh axes that any of them varies over.
+
+    The transpose then sums the cotangent of an operand that is replicated, as for any JAX function. Elsewhere it does
+    nothing.
+    """
+    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
+
+    def cast(leaf):
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, trees)
+
+
+def _varying(leaf) -> frozenset:
+    return frozenset(jax.typeof(leaf).manual_axis_type.varying)

@@ -57,20 +57,26 @@ def canonicalize(lhs, rhs, dimension_numbers) -> tuple[Array, Array, Layout]:
     return x, w, Layout(len(batch), batch + tokens + out, row_axes)
 
 
-def result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding=None) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding that `lax.dot_general` gives the result; its errors for operands that do not fit."""
+def result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding=None):
+    """The type (shape, dtype, sharding) of `lax.dot_general`'s result; its errors for operands that do not fit."""
+    types = []
 
     def product(lhs, rhs):
-        return lax.dot_general(
+        result = lax.dot_general(
             lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type, out_sharding=out_sharding
         )
+        types.append(jax.typeof(result))
+        return result
 
-    return jax.eval_shape(product, lhs, rhs)
+    jax.eval_shape(product, lhs, rhs)
+    return types[0]
 
 
 def check_operands(lhs, rhs, dimension_numbers, row_mask) -> None:
     """Raises ValueError for operands that no recipe can take."""
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if not hasattr(operand, "dtype"):
+            raise ValueError(f"{name} must be an array, got {type(operand).__name__}; convert it with jnp.asarray")
         if not jnp.issubdtype(operand.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be floating-point to be quantized, got {operand.dtype}; convert it, "

@@ -23,11 +23,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from fp4jax import gemm as gemms
-from fp4jax.batching import vmappable
+from fp4jax.batching import once_differentiable, vary_alike, vmappable
 from fp4jax.canonical import canonicalize, check_canonical, check_operands, check_row_mask, result_type
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
 from fp4jax.numerics import key_words, mask_rows, quantize_blocks
-from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Quantizer, prepare_tokens, prepare_weights
+from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, Quantizer, prepare_tokens, prepare_weights
 from fp4jax.recipes import Gemm, Recipe, as_recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
 
@@ -35,6 +35,10 @@ from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
 LINEAR_INPUTS = "fp4jax_linear_inputs"
 
 _MIN_CONTRACTION = 16
+_PROGRAMS = 1024  # static specifications kept; one that was dropped is only traced again
+_HOW_TO_PASS_A_KEY = (
+    "pass key=jax.random.key(seed) (in flax.linen rngs={'fp4': key}, under nn.scan also split_rngs={'fp4': True})"
+)
 _log = logging.getLogger("fp4jax")
 
 
@@ -107,11 +111,12 @@ def dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
+    precision = tuple(precision) if isinstance(precision, list) else precision
     product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, gemm_dtype)
     mesh = explicit_mesh(lhs, rhs)
     words = None if key is None else key_words(key)
-    y = with_auto_axes(product, mesh, result.sharding)(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
-    return lax.with_sharding_constraint(y, out_sharding) if out_sharding is not None and mesh is None else y
+    arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
+    return with_auto_axes(product, mesh, result.sharding)(*arrays)
 
 
 def prepare(
@@ -166,7 +171,9 @@ def prepare(
     prepared = with_auto_axes(preparation, mesh, specs)(*args)
     if is_lhs:
         prepared = jax.tree.map(lambda leaf: checkpoint_name(leaf, LINEAR_INPUTS), prepared)
-    return dataclasses.replace(prepared, recipe=recipe)
+    if recipe.is_high_precision:
+        prepared = Prepared(prepared.forward, prepared.forward)  # one array, saved once
+    return dataclasses.replace(prepared, purpose=Purpose(recipe, side, batch_dims, row_mask is not None))
 
 
 def _product(
@@ -186,13 +193,13 @@ def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words,
     """(Prepared or None, Prepared or None), outside of differentiation."""
     needs_key = recipe.forward_draws and (x is not None or w is not None)
     if needs_key and words is None:
-        raise ValueError(f"recipe {recipe.name} rounds stochastically in the forward: pass key=jax.random.key(seed)")
+        raise ValueError(f"recipe {recipe.name} rounds stochastically in the forward: {_HOW_TO_PASS_A_KEY}")
     x, w = lax.stop_gradient((x, w))
     # Words that nothing reads would tie what is prepared to them: `vmap` over keys would prepare it for every key.
     return _preparation(recipe, batch_dims, quantizer)(x, w, (), words if needs_key else None, mask)
 
 
-@functools.cache
+@functools.lru_cache(_PROGRAMS)
 def _differentiable(spec: _Spec):
     """The custom VJP of one static specification."""
 
@@ -201,15 +208,17 @@ def _differentiable(spec: _Spec):
         return _fprop(spec)((), wq.forward, xq.forward, None, mask)[0]
 
     def forward(x, w, xq, wq, words, mask, probe):
+        once_differentiable(x, w)
         if spec.recipe.gradient_draws and words is None:
             name = spec.recipe.name
             raise ValueError(
-                f"recipe {name} rounds gradients stochastically: pass key=jax.random.key(seed), or use {name}+nearest"
+                f"recipe {name} rounds gradients stochastically: {_HOW_TO_PASS_A_KEY}, or use {name}+nearest"
             )
         (y,) = _fprop(spec)((), wq.forward, xq.forward, None, mask)
         return y, (xq.backward, wq.backward, words, mask, probe)
 
     def backward(residuals, d):
+        once_differentiable(d)
         x, w, words, mask, probe = residuals
         dx, dw, statistics = _dgrad_and_wgrad(spec, probe is not None)(d, w, x, words, mask)
         if statistics is not None:
@@ -223,7 +232,7 @@ def _differentiable(spec: _Spec):
 # The three stages. All take (dense, weights, prepared, words, mask), so that one rule serves them under vmap.
 
 
-@functools.cache
+@functools.lru_cache(_PROGRAMS)
 def _preparation(recipe: Recipe, batch_dims: int, quantizer: Quantizer):
     def stage(x, w, unused, words, mask):
         del unused
@@ -235,7 +244,7 @@ def _preparation(recipe: Recipe, batch_dims: int, quantizer: Quantizer):
     return vmappable(stage, batch_dims, lambda dims: _preparation(recipe, dims, quantizer), per_token=(True, False))
 
 
-@functools.cache
+@functools.lru_cache(_PROGRAMS)
 def _fprop(spec: _Spec):
     def stage(unused, w, x, words, mask):
         del unused, words
@@ -245,7 +254,7 @@ def _fprop(spec: _Spec):
     return vmappable(stage, spec.batch_dims, lambda dims: _fprop(spec.with_batch_dims(dims)), per_token=(True,))
 
 
-@functools.cache
+@functools.lru_cache(_PROGRAMS)
 def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
     def stage(d, w, x, words, mask):
         recipe, batch_dims = spec.recipe, spec.batch_dims
@@ -279,7 +288,6 @@ def _report_high_precision(name: str, inputs: int, outputs: int) -> None:
     _log.warning("%s: %s of a %d -> %d product in high precision (contraction below 16)", name, what, inputs, outputs)
 
 
-@functools.cache
 def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer, jnp.dtype]:
     """What serves `backend` and `gemm` here: the function that quantizes, and the dtype of the emulated products.
 
@@ -293,14 +301,21 @@ def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
     quantizer, dtype = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
-    _log.info("quantizer %s: %s; products: emulated in %s, accumulated in float32", backend, quantizer.__name__, dtype)
+    _report_implementation(quantizer.__name__, dtype)
     return quantizer, dtype
+
+
+@functools.cache
+def _report_implementation(quantizer: str, dtype: jnp.dtype) -> None:
+    """Says so once."""
+    _log.info("quantizer: %s; products: emulated in %s, accumulated in float32", quantizer, dtype)
 
 
 def _xla_quantizer() -> Quantizer:
     return quantize_blocks
 
 
+@functools.cache
 def _pallas_quantizer() -> Quantizer:
     from pallas_kernels import quantize as kernels  # on demand: it needs Mosaic GPU
 
@@ -310,6 +325,7 @@ def _pallas_quantizer() -> Quantizer:
 
     def rows_by_kernel_others_by_xla(x, format, *, axes, pack_axis, batch_dims=0, words=None):
         if axes == (-1,):
+            x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
             return kernels.quantize_rows(x, format, batch_dims=batch_dims, words=words)
         return quantize_blocks(x, format, axes=axes, pack_axis=pack_axis, batch_dims=batch_dims, words=words)
 
@@ -328,15 +344,28 @@ _PRODUCTS = {"auto": gemms.emulation_dtype, "emulated": gemms.emulation_dtype, "
 _SIDES = {"lhs": True, "rhs": False}
 
 
+def _check_prepared(name: str, operand, prepared, needed: Purpose) -> None:
+    if not isinstance(prepared, Prepared) or prepared.purpose is None:
+        raise ValueError(f"{name} must come from fp4jax.prepare, got {type(prepared).__name__}")
+    for field in dataclasses.fields(Purpose):
+        was, now = getattr(prepared.purpose, field.name), getattr(needed, field.name)
+        if was != now:
+            was, now = (getattr(value, "name", value) for value in (was, now))
+            raise ValueError(f"{name} was prepared for {field.name} {was}, this product has {now}: prepare it for that")
+    if prepared.forward.residual.shape != operand.shape:
+        raise ValueError(
+            f"{name} was prepared from shape {prepared.forward.residual.shape}, this product has {operand.shape}"
+        )
+
+
 def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe) -> None:
     check_operands(lhs, rhs, dimension_numbers, row_mask)
     check_canonical(lhs, rhs, dimension_numbers, lhs_q is not None, rhs_q is not None)
-    for name, prepared in (("lhs_q", lhs_q), ("rhs_q", rhs_q)):
-        if prepared is not None and prepared.recipe != recipe:
-            was = prepared.recipe.name if prepared.recipe else None
-            raise ValueError(
-                f"{name} was prepared for recipe {was}, this product has {recipe.name}: prepare it for that"
-            )
+    batch_dims = len(dimension_numbers[1][0])
+    for side, operand, prepared in (("lhs", lhs, lhs_q), ("rhs", rhs, rhs_q)):
+        if prepared is not None:
+            masked = _SIDES[side] and row_mask is not None
+            _check_prepared(f"{side}_q", operand, prepared, Purpose(recipe, side, batch_dims, masked))
     if probe is not None and (probe.shape != (len(GRADIENT_STATISTICS),) or probe.dtype != jnp.float32):
         raise ValueError(
             f"probe must be float32[{len(GRADIENT_STATISTICS)}] (fp4jax.GRADIENT_STATISTICS), "

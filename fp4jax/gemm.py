@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float
 
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.operands import Part, dequantize, mean_axes
@@ -27,7 +27,7 @@ from fp4jax.recipes import Recipe
 
 def contract_features(
     lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, dtype, precision, row_mask
-) -> Float32[Array, "..."]:
+) -> Float[Array, "..."]:
     """fprop (`rhs_axis` -2: W's K) and dgrad (-1: W's N): [*batch, *tokens, features] × W → [*batch, *tokens, out]."""
     product = functools.partial(_product, rhs=rhs.residual, rhs_axis=rhs_axis, batch_dims=batch_dims, dtype=dtype)
     result = product(lhs.residual, precision=precision)
@@ -41,7 +41,7 @@ def contract_features(
 
 def contract_tokens(
     x: Part, d: Part, recipe: Recipe, shape: tuple[int, ...], batch_dims: int, dtype, precision, row_mask
-) -> Float32[Array, "*batch K N"]:
+) -> Float[Array, "*batch K N"]:
     """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]."""
     rank = len(shape)
     tokens = tuple(range(batch_dims, rank - 1))
@@ -50,7 +50,8 @@ def contract_tokens(
     x_values, x_scale = _operand(x.residual, -2, dtype)
     d_values, d_scale = _operand(d.residual, -2, dtype)
     x_values, d_values = _same_size(*_same_dtype(x_values, d_values), -2, -2)
-    result = contract(x_values, d_values, precision=precision, preferred_element_type=jnp.float32)
+    precision = _precision_of(x.residual, d.residual, precision)
+    result = contract(x_values, d_values, precision=precision, preferred_element_type=_accumulator(x_values))
     for scale in (x_scale, d_scale):
         if scale is not None:
             result = result * _per_matrix(scale, batch_dims, result.ndim)
@@ -75,12 +76,26 @@ def _product(lhs, *, rhs, rhs_axis, batch_dims, dtype, precision):
     batch = tuple(range(batch_dims))
     dimension_numbers = (((lhs_values.ndim - 1,), (rhs_values.ndim + rhs_axis,)), (batch, batch))
     result = lax.dot_general(
-        lhs_values, rhs_values, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
+        lhs_values,
+        rhs_values,
+        dimension_numbers,
+        precision=_precision_of(lhs, rhs, precision),
+        preferred_element_type=_accumulator(lhs_values),
     )
     for scale in (lhs_scale, rhs_scale):
         if scale is not None:
             result = result * _per_matrix(scale, batch_dims, result.ndim)
     return result
+
+
+def _precision_of(lhs, rhs, precision):
+    """The caller's precision is for operands in high precision: quantized ones are exact as they are."""
+    return None if isinstance(lhs, QTensor) and isinstance(rhs, QTensor) else precision
+
+
+def _accumulator(values):
+    """float32, or float64 for operands that stayed in it."""
+    return jnp.float64 if values.dtype == jnp.float64 else jnp.float32
 
 
 def _operand(value: QTensor | Array, axis: int, dtype):
@@ -117,7 +132,6 @@ def _per_matrix(scale, batch_dims, rank):
     return scale.reshape(*scale.shape[:batch_dims], *[1] * (rank - batch_dims))
 
 
-@functools.cache
 def emulation_dtype() -> jnp.dtype:
     """What quantized values are multiplied in: bfloat16 where the device has units for it, float32 elsewhere.
 
@@ -128,6 +142,7 @@ def emulation_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
 
 
+@functools.cache
 def _cpu_has_bfloat16_units() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

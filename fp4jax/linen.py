@@ -6,6 +6,7 @@ Dense and DenseGeneral make one `DotGeneral` a layer, so its random stream is th
 import functools
 
 import flax.linen as nn
+import jax
 
 from fp4jax.dot import dot_general
 from fp4jax.recipes import Recipe, as_recipe
@@ -23,7 +24,7 @@ class DotGeneral(nn.Module):
       backend, gemm: as in `fp4jax.dot_general`.
     """
 
-    recipe: Recipe
+    recipe: str | Recipe
     rng_stream: str = RNG_STREAM
     backend: str = "auto"
     gemm: str = "auto"
@@ -31,11 +32,16 @@ class DotGeneral(nn.Module):
     @nn.compact
     def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None):
         """`lax.dot_general`'s signature: the layer passes its input and its kernel."""
-        draws = self.recipe.forward_draws or self.recipe.gradient_draws
-        key = self.make_rng(self.rng_stream) if draws and self.has_rng(self.rng_stream) else None
+        recipe = as_recipe(self.recipe)
+        key = None
+        if recipe.forward_draws or recipe.gradient_draws:
+            if self.has_rng(self.rng_stream):
+                key = self.make_rng(self.rng_stream)
+            elif self.is_initializing():
+                key = jax.random.key(0)  # shapes are all that initialization takes from the product
         return dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding,
-            recipe=self.recipe, key=key, backend=self.backend, gemm=self.gemm,
+            recipe=recipe, key=key, backend=self.backend, gemm=self.gemm,
         )  # fmt: skip
 
 

@@ -49,12 +49,22 @@ class Prepared:
     Attributes:
       forward: for fprop. X: blocks along features; W: blocks along K.
       backward: for the backward pass. X: blocks along tokens (wgrad); W: blocks along N (dgrad).
-      recipe: what it was prepared for, where a caller holds it between products.
+      purpose: what it was prepared for, where a caller holds it between products.
     """
 
     forward: Part
     backward: Part
-    recipe: Recipe | None = dataclasses.field(default=None, metadata={"static": True})
+    purpose: "Purpose | None" = dataclasses.field(default=None, metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Purpose:
+    """What a prepared operand can be used for: a product must agree with all of it."""
+
+    recipe: Recipe
+    side: str
+    batch_dims: int
+    masked: bool
 
 
 @dataclasses.dataclass(frozen=True)

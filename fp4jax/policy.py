@@ -18,10 +18,12 @@ class Policy:
         `"layers.3.mlp.down_proj"`.
     """
 
-    rules: tuple[tuple[str, Recipe], ...]
+    rules: tuple[tuple[str, str | Recipe], ...]
 
     def __post_init__(self):
-        for pattern, _ in self.rules:
+        rules = tuple((pattern, as_recipe(value)) for pattern, value in self.rules)
+        object.__setattr__(self, "rules", rules)
+        for pattern, _ in rules:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -30,7 +32,7 @@ class Policy:
     @classmethod
     def of(cls, *rules: tuple[str, str | Recipe]) -> "Policy":
         """A policy from (regular expression, recipe or its name) pairs."""
-        return cls(tuple((pattern, as_recipe(value)) for pattern, value in rules))
+        return cls(rules)
 
     def recipe_for(self, path: str) -> Recipe:
         """The recipe of the layer at `path`."""

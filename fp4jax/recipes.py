@@ -126,6 +126,9 @@ class Recipe:
         for a, b, which in ((self.fprop.lhs, self.wgrad.lhs, "X"), (self.dgrad.lhs, self.wgrad.rhs, "D")):
             if a.split and b.split and a.split != b.split:
                 raise ValueError(f"recipe {self.name}: both copies of {which} must be split alike, or one of them not")
+        x, g = self.wgrad.lhs.split, self.wgrad.rhs.split
+        if x and g and x.axes is not g.axes:
+            raise ValueError(f"recipe {self.name}: the means of X and D must be over the same tokens in wgrad")
 
     @property
     def slots(self) -> dict[str, Operand]:

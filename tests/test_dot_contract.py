@@ -139,7 +139,8 @@ def test_jit_equals_eager():
     assert_close(y, run("averis_centered_hadamard")[0])
 
 
-@pytest.mark.parametrize("name", SLOW_RECIPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "averis", "averis_centered_hadamard"])
 def test_jit_equals_eager_with_gradients(name):
     (x, g), w = contract.inputs(), contract.weights()
     assert_close(product(name).eager(*map(jnp.asarray, (x, w, g)), KEY), run(name))
@@ -217,7 +218,8 @@ def test_dtypes_are_lax(name, dtypes):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("name", SLOW_RECIPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "nvfp4_hadamard", "averis", "averis_centered_hadamard"])
 def test_values_in_every_dtype(name):
     expected = exact()
     for dtypes in (DTYPES[1], DTYPES[4], DTYPES[5]):
@@ -267,7 +269,8 @@ def test_values_in_every_shape(name):
         for got, tensor in zip(contract.jit(quantized)(x, w, g, KEY), exact(x, w, g), strict=True):
             assert got.shape == tensor.shape and got.dtype == tensor.dtype
             error = np.linalg.norm(got - tensor) / np.linalg.norm(tensor)
-            assert error < (1e-6 if recipe(name).is_high_precision else 0.4)
+            # Stochastic rounding of noise alone, and in averis of its mean too, costs up to 0.5.
+            assert error < (1e-6 if recipe(name).is_high_precision else 0.6)
 
 
 @pytest.mark.slow

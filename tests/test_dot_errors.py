@@ -135,9 +135,9 @@ def test_errors_of_prepared_operands():
             ValueError, match="_q was prepared for recipe nvfp4.nearest, this product has averis: prepare"
         ):
             dot_general(x, w, numbers, recipe="averis", **options)
-    nameless = dataclasses.replace(xq, recipe=None)
-    with pytest.raises(ValueError, match="lhs_q was prepared for recipe None"):
-        dot(x, w, numbers, lhs_q=nameless)
+    for not_prepared in (dataclasses.replace(xq, purpose=None), xq.forward.residual):
+        with pytest.raises(ValueError, match="lhs_q must come from fp4jax.prepare"):
+            unchecked(dot_general)(x, w, numbers, recipe="nvfp4+nearest", lhs_q=not_prepared)
     with pytest.raises(ValueError, match=r"with lhs_q, lhs must be \[\*batch, \*tokens, K\]"):
         dot(x.transpose(0, 2, 1), w, (((1,), (0,)), ((), ())), lhs_q=xq)
     with pytest.raises(ValueError, match=r"with rhs_q, rhs must be \[\*batch, K, N\]"):

@@ -11,6 +11,7 @@ underflows dequantizes to zero. Infinities and NaN reach the scales, so a tensor
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
 from fp4jax.numerics import bits, formats, rounding
@@ -30,7 +31,7 @@ def quantize(
     key=None,
     batch_dims: int = 0,
 ) -> QTensor:
-    """Quantizes an array.
+    """Quantizes an array. No gradient flows through it: rounding has none.
 
     Args:
       x: a floating-point array with at least one element.
@@ -48,6 +49,8 @@ def quantize(
       ValueError: for anything above that is not so, saying what was given and what is accepted.
     """
     rounding = _parse_rounding(rounding)
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"quantize takes an array, got {type(x).__name__}; convert with jnp.asarray(x)")
     axis, block = _check(x, format, axis, block, batch_dims)
     if rounding is Rounding.STOCHASTIC and key is None:
         raise ValueError("stochastic rounding needs a random key: pass key=jax.random.key(seed)")
@@ -55,6 +58,7 @@ def quantize(
         raise ValueError("rounding to nearest draws nothing: leave key out, or pass rounding='stochastic'")
     words = bits.key_words(key) if rounding is Rounding.STOCHASTIC else None
     axes = (-2, -1) if block else (axis,)
+    x = lax.stop_gradient(x)
     return quantize_blocks(x, format, axes=axes, pack_axis=axis, batch_dims=batch_dims, words=words)
 
 
