@@ -16,7 +16,7 @@ from fp4jax.config import default_config
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.recipe = "averis"
-    config.steps = 240
+    config.steps = 200
     config.batch_size = 8
     config.seq_len = 256
     config.model.dtype = "float32"
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.head_dim = 64
     config.model.intermediate_size = 768
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 30
-    config.checkpoint.every = 120
-    config.evaluation.every = 80
+    config.optimizer.warmup_steps = 20
+    config.checkpoint.every = 100
+    config.evaluation.every = 100
     return config

@@ -266,6 +266,8 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
     for key in NOT_NEGATIVE:
         if flat[key] < 0:
             raise ConfigError(f"{key}={flat[key]}: must be 0 or more")
+    if config.seed >= 2**31:
+        raise ConfigError(f"seed={config.seed}: must be below 2^31")
     for key in FRACTIONS:
         if not 0 <= flat[key] <= 1:
             raise ConfigError(f"{key}={flat[key]}: must be from 0 to 1")

@@ -44,6 +44,7 @@ def test_defaults_are_valid_and_locked():
         ("seq_len", 100, "seq_len=100 is not a multiple of 16 (tokens that share a scale); use 96 or 112"),
         ("seq_len", 8, "seq_len=8 is not a multiple of 16 (tokens that share a scale); use 16"),
         ("seed", -1, "seed=-1: must be 0 or more"),
+        ("seed", 2**31, "seed=2147483648: must be below 2^31"),
         ("backend", "cuda", "backend='cuda' is unknown; accepted: auto, xla, pallas"),
         ("gemm", "fast", "gemm='fast' is unknown; accepted: auto, native, emulated"),
         ("model.remat", "some", "model.remat='some' is unknown; accepted: none, full, linear_inputs"),
