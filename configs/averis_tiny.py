@@ -2,8 +2,8 @@
 
 Command:   make train          (python train.py --config=configs/averis_tiny.py --workdir=runs/averis_tiny)
 Hardware:  2 CPU cores, 4 GB of memory; no accelerator
-Time:      under 6 minutes, compilation included
-Expect:    validation loss at least 0.5 nats below the corpus' unigram entropy (the first log lines print it)
+Time:      4 min 7 s measured on 2 cores, start and compilation included
+Expect:    validation loss 5.68, 0.91 nats below the validation documents' unigram entropy (RESULTS.md)
 
 All values are assumed: the paper's smallest model has 0.6 billion parameters.
 """

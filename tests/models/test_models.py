@@ -1,0 +1,51 @@
+"""Building models from configurations, their sizes and their loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import averis_0p6b, averis_tiny
+from fp4jax import models
+
+pytestmark = pytest.mark.standard_promotion
+
+
+def test_parameter_counts_of_qwen3_0p6b():
+    assert models.parameter_counts(averis_0p6b.get_config()) == (596_049_920, 440_467_456)
+
+
+def test_the_tiny_configuration_is_tiny():
+    total, without_embedding = models.parameter_counts(averis_tiny.get_config())
+    assert 3e6 < without_embedding < total < 8e6
+
+
+def test_an_untied_head_counts_beside_the_embedding():
+    config = averis_tiny.get_config()
+    tied = models.parameter_counts(config)
+    config.model.tie_embeddings = False
+    embedding = config.model.vocab_size * config.model.hidden_size
+    assert models.parameter_counts(config) == (tied[0] + embedding, tied[1] + embedding)
+
+
+def test_unknown_names_are_refused():
+    for key, message in (("model.name", "unknown model 'x'"), ("recipe", "unknown recipe"), ("policy", "policy 'x'")):
+        config = averis_tiny.get_config()
+        config.update_from_flattened_dict({key: "x"})
+        with pytest.raises(ValueError, match=message):
+            nnx.eval_shape(lambda config=config: models.build(config, nnx.Rngs(0)))
+
+
+def test_loss_counts_real_targets_only():
+    config = averis_tiny.get_config()
+    config.recipe = "bf16"
+    config.model.update(hidden_size=32, num_layers=1, head_dim=16, num_heads=2, num_kv_heads=1, intermediate_size=32)
+    model = models.build(config, nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, config.model.vocab_size)
+    mask = jnp.ones((2, 16)).at[1, 8:].set(0.0)
+    total, count = models.loss(model, dict(tokens=tokens, targets=tokens, loss_mask=mask))
+    log_p = np.asarray(jax.nn.log_softmax(model(tokens)), np.float64)
+    nll = -np.take_along_axis(log_p, np.asarray(tokens)[..., None], axis=-1)[..., 0]
+    assert count == 24
+    np.testing.assert_allclose(total, (nll * np.asarray(mask)).sum(), rtol=1e-5)
