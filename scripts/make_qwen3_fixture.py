@@ -3,8 +3,8 @@
 The fixtures are committed, so tests need neither torch nor transformers. To make them again (byte for byte the same
 with the same versions), in a throw-away environment:
 
-    python3.11 -m venv /tmp/qwen3 && /tmp/qwen3/bin/pip install torch==2.13.0 transformers==5.23.0 numpy
-    /tmp/qwen3/bin/python scripts/make_qwen3_fixture.py
+    python3.11 -m venv .venv-qwen3 && .venv-qwen3/bin/pip install torch==2.13.0 transformers==5.23.0 numpy
+    .venv-qwen3/bin/python scripts/make_qwen3_fixture.py
 
 Each file holds, for one small random model in float32:
     config      JSON, the keys of a Hugging Face config.json (rope_theta at the top level)
