@@ -290,6 +290,10 @@ def _check_model(model: ml_collections.ConfigDict) -> None:
 
 
 def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> None:
+    if config.backend == "pallas" and math.prod(sizes.values()) > 1:
+        raise ConfigError(
+            "backend='pallas' runs on one device: XLA would gather the operands of its kernel; use backend='xla'"
+        )
     rows = config.batch_size // config.microbatches
     shards = sizes["data"] * sizes["fsdp"]
     if rows % shards:
