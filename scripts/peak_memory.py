@@ -8,8 +8,13 @@ import time
 
 def main(command: list[str]) -> int:
     """Returns the command's exit code after printing peak resident memory (GB), wall and CPU time (s)."""
+    if not command:
+        sys.exit("error: name a command to measure: python scripts/peak_memory.py python train.py --config=...")
     start = time.time()
-    code = subprocess.run(command).returncode
+    try:
+        code = subprocess.run(command).returncode
+    except OSError as error:
+        sys.exit(f"error: {command[0]!r} cannot be run: {error.strerror}")
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = usage.ru_maxrss * 1024 / 1e9  # Linux counts in KiB
     cpu = usage.ru_utime + usage.ru_stime
