@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
 
-from fp4jax.numerics import QTensor, column_mean, hadamard, residual, rounding, row_count
-from fp4jax.operands import Part, Prepared, dequantize, mean_axes
-from fp4jax.recipes import Center, Recipe
+from fp4jax.numerics import QTensor, column_mean, hadamard, residual, row_count
+from fp4jax.operands import Part, Prepared, dequantize, low_rank_product, mean_axes
+from fp4jax.recipes import Center, MeanSplit, Recipe
 
 # Energies are sums of squares; "noise" is the energy of a residual's quantization error, in the transformed domain
 # where the operand has a Hadamard transform. The four code and scale counts are of the dgrad copy.
@@ -38,7 +38,7 @@ def gradient_statistics(d, prepared: Prepared, recipe: Recipe, batch_dims: int, 
     parts = (prepared.forward, prepared.backward)
     mean_energy = jnp.zeros_like(rows)
     split = recipe.dgrad.lhs.split or recipe.wgrad.rhs.split
-    if split:
+    if isinstance(split, MeanSplit):
         mean = dequantize(next(part.mean for part in parts if part.mean is not None))
         count = row_count(d.shape, mean_axes(split, d.ndim, batch_dims), row_mask)
         mean_energy = jnp.sum(jnp.square(mean) * count, axis=axes)
@@ -58,15 +58,18 @@ def _energy(x, axes):
 def _noise(d, part: Part, operand, axis: int, axes, row_mask):
     if not isinstance(part.residual, QTensor):
         return jnp.zeros(d.shape[: axes[0]], jnp.float32)
-    if operand.split:
+    batch_dims = axes[0]
+    if part.mean is not None:
         center = dequantize(part.mean) if operand.split.center is Center.QUANTIZED_MEAN else None
         if center is None:
-            center = column_mean(d, mean_axes(operand.split, d.ndim, axes[0]), row_mask)
+            center = column_mean(d, mean_axes(operand.split, d.ndim, batch_dims), row_mask)
         d = residual(d, center, row_mask)
-    quantized = part.residual.values(padded=(axis,)) * part.residual.tensor_scale
+    elif part.low_rank is not None:
+        d = d - low_rank_product(part.low_rank, batch_dims)
+    quantized = part.residual.scaled_values(padded=(axis,))
     widths = [(0, quantized.shape[i] - d.shape[i], 0) for i in range(d.ndim)]
     d = lax.pad(d, jnp.zeros((), d.dtype), widths)
-    return _energy(quantized - (hadamard(d, axis) if operand.hadamard else d), axes)
+    return _energy(quantized - (hadamard(d, axis, operand.hadamard, part.signs) if operand.hadamard else d), axes)
 
 
 def _counts(value, rows, axes, row_mask):
@@ -74,13 +77,15 @@ def _counts(value, rows, axes, row_mask):
         return [jnp.zeros_like(rows)] * 4
     format = value.format
     largest_code = len(format.element.magnitudes) - 1
-    codes = rounding.unpack(value.codes, value.axis) & largest_code
+    codes = value.element_codes & ((1 << format.element.width) - 1)
     codes = lax.slice(codes, [0] * codes.ndim, value.shape)
-    largest_scale = len(format.scale.magnitudes) - 1
-    found = (codes == 0, codes == largest_code, value.scales == 0, value.scales == largest_scale)
+    found = [codes == 0, codes == largest_code]
+    if value.scales is not None:
+        found += [value.scales == 0, value.scales == len(format.scale.magnitudes) - 1]
     if row_mask is not None:
         found = [what & _real_blocks(row_mask, what.shape[-2])[..., None] for what in found]
-    return [jnp.sum(what, axis=axes, dtype=jnp.float32) for what in found]
+    counts = [jnp.sum(what, axis=axes, dtype=jnp.float32) for what in found]
+    return counts + [jnp.zeros_like(rows)] * (4 - len(counts))
 
 
 def _real_blocks(row_mask, blocks: int):

@@ -64,8 +64,12 @@ def _divide(x, divisor: float):
 
 
 def _block_error(difference, row: int, others: tuple[int, ...]):
-    """Sum of squares in each block. `abs` keeps a product and the addition behind it two operations."""
-    squares = jnp.abs(difference * difference)
+    """Sum of squares in each block.
+
+    The barrier keeps a product and the addition behind it two operations, and the program small: without it the whole
+    quantization is compiled once for each of the 16 slices.
+    """
+    squares = lax.optimization_barrier(difference * difference)
     elements = [lax.slice_in_dim(squares, i, i + 1, axis=row) for i in range(squares.shape[row])]
     total = functools.reduce(jnp.add, elements)
     for axis in others:
