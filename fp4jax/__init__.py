@@ -20,7 +20,13 @@ _DEFINED_IN = {
     "quantize": "fp4jax.numerics",
     "QTensor": "fp4jax.numerics",
     "Format": "fp4jax.numerics",
-    "NVFP4": "fp4jax.numerics",
+    **dict.fromkeys(
+        (
+            *("NVFP4", "NVFP4_256", "NVFP4_EDEN", "NVFP4_OUTER128", "NVFP4_VECTOR", "MXFP4", "MXFP8"),
+            *("FP8_E4M3", "FP8_E5M2", "INT8", "TERNARY", "SIGN"),
+        ),
+        "fp4jax.numerics",
+    ),
     # What happens to each operand of each GEMM, and which layer gets which recipe.
     "recipe": "fp4jax.recipes",
     "list_recipes": "fp4jax.recipes",

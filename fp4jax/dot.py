@@ -326,11 +326,8 @@ def _pallas_quantizer() -> Quantizer:
         raise NotImplementedError(f"backend='pallas': {reason}; backend='xla' gives the same bits on any device")
 
     def rows_by_kernel_others_by_xla(x, format, *, axes, pack_axis, batch_dims=0, words=None, **scaling):
-        if (
-            axes == (-1,)
-            and format == NVFP4
-            and not any(value is not None and value != () for value in scaling.values())
-        ):
+        plain = not any(scaling.values())  # the kernel has NVFP4's own scales only
+        if axes == (-1,) and format == NVFP4 and plain:
             x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
             return kernels.quantize_rows(x, format, batch_dims=batch_dims, words=words)
         return quantize_blocks(x, format, axes=axes, pack_axis=pack_axis, batch_dims=batch_dims, words=words, **scaling)

@@ -14,7 +14,17 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from fp4jax.numerics import (
-    QTensor, Rounding, ScaleRounding, bits, column_mean, fold, hadamard, low_rank_factors, mask_rows, residual, rotate,
+    QTensor,
+    Rounding,
+    ScaleRounding,
+    bits,
+    column_mean,
+    fold,
+    hadamard,
+    low_rank_factors,
+    mask_rows,
+    residual,
+    rotate,
 )  # fmt: skip
 from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 

@@ -1,4 +1,4 @@
-"""What a recipe is made of: the format, rounding, transform and split of each operand of the three GEMMs of a linear layer.
+"""What a recipe is made of: format, rounding, transform and split of each operand of a linear layer's three GEMMs.
 
 For Y = X W with X [tokens, K], W [K, N] and D = dL/dY a recipe fills six slots:
 

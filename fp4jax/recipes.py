@@ -1,7 +1,7 @@
 """The recipes by name, and their variants.
 
-A new recipe is one entry in `_RECIPES`, built from operands; a variant (`"averis+nearest"`) is a function from recipe to
-recipe in `_VARIANTS`. Nothing else in the project knows a recipe by its name. `python -m fp4jax.recipes [NAME ...]`
+A new recipe is one entry in `_RECIPES`, built from operands; a variant (`"averis+nearest"`) is a function from recipe
+to recipe in `_VARIANTS`. Nothing else in the project knows a recipe by its name. `python -m fp4jax.recipes [NAME ...]`
 lists them, or prints the six slots of those named.
 """
 
@@ -11,8 +11,21 @@ import sys
 from collections.abc import Callable
 
 from fp4jax.numerics import (
-    FP8_E4M3, FP8_E5M2, INT8, MXFP4, MXFP8, NVFP4, NVFP4_256, NVFP4_EDEN, NVFP4_OUTER128, SIGN, TERNARY, Format,
-    Rounding, ScaleRounding, Statistic,
+    FP8_E4M3,
+    FP8_E5M2,
+    INT8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    NVFP4_256,
+    NVFP4_EDEN,
+    NVFP4_OUTER128,
+    SIGN,
+    TERNARY,
+    Format,
+    Rounding,
+    ScaleRounding,
+    Statistic,
 )  # fmt: skip
 from fp4jax.recipe_types import Center, Gemm, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 

@@ -177,7 +177,7 @@ class Format:
 
     @property
     def inverse_peak(self) -> np.float32:
-        """float32(1/6) for NVFP4: written as a multiplication because XLA rewrites a division by a constant into one."""
+        """float32(1/6) for NVFP4; a factor, because XLA rewrites a division by a constant into a multiplication."""
         return np.float32(1.0 / self.element_peak)
 
     @property

@@ -1,8 +1,8 @@
 """The dominant singular directions of a matrix, without a singular value decomposition.
 
-X ≈ A V with orthonormal rows V spanning nearly the span of the k largest right singular vectors of X: a randomized range
-finder with power iterations on a sample of the rows (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4; Metis,
-arXiv 2509.00404, decomposes operands so). It costs two products with the sampled rows and one factorization of a
+X ≈ A V with orthonormal rows V spanning nearly the span of the k largest right singular vectors of X: a randomized
+range finder with power iterations on a sample of the rows (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4;
+Metis, arXiv 2509.00404, decomposes operands so). It costs two products with the sampled rows and one factorization of a
 [features, k] matrix for each iteration; a full decomposition would cost more than the layer itself.
 """
 
