@@ -25,7 +25,13 @@ class Subcommand(NamedTuple):
 
 
 # Name → what it is. A new subcommand is one row.
-SUBCOMMANDS: dict[str, Subcommand] = {}
+SUBCOMMANDS: dict[str, Subcommand] = {
+    "geometry": Subcommand(
+        "theory and simulation of sign and magnitude perturbations (arXiv 2605.18933)",
+        "fp4jax.analysis.geometry.command",
+        "main",
+    ),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
