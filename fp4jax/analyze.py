@@ -31,6 +31,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.geometry.command",
         "main",
     ),
+    "ptq": Subcommand(
+        "loss and weight gradients of a pretrained model under every recipe",
+        "fp4jax.analysis.ptq.command",
+        "main",
+    ),
 }
 
 
