@@ -62,7 +62,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def _model() -> dict:
-    """`name`: "qwen3", or "llama" (the same without norms of query and key heads). `dtype` is the activations' (parameters
+    """`name`: "qwen3", or "llama", which lacks the norms of query and key heads. `dtype` is the activations' (parameters
     are float32), `remat` what the backward recomputes.
     """
     return {

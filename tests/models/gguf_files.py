@@ -18,7 +18,7 @@ NAMES = {
 
 
 def read_fixture(name: str = "llama_gqa_tied") -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(Hugging Face configuration, everything in the file, weights under their names in GGUF, rotary pairs adjacent)."""
+    """(Hugging Face configuration, everything in the file, weights by their GGUF names with rotary pairs adjacent)."""
     data = dict(np.load(FIXTURES / f"{name}.npz"))
     config = json.loads(str(data["config"]))
     tensors = {}
@@ -71,10 +71,8 @@ def tokenizer_metadata(vocab_size: int) -> dict:
     }
 
 
-def write(
-    path: pathlib.Path, metadata: dict, tensors: dict[str, np.ndarray], architecture: str = "llama", **types: str
-):
-    """Writes a file; `types` gives single tensors a quantized type by the last part of their name ("ffn_up")."""
+def write(path: pathlib.Path, metadata: dict, tensors: dict, architecture: str = "llama", **types: str) -> pathlib.Path:
+    """Writes a file; `types` gives tensors a quantized type by the last part of their name (ffn_up="Q8_0")."""
     writer = gguf.GGUFWriter(path, architecture)
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in metadata.items():

@@ -62,6 +62,7 @@ def test_models_of_one_load_share_its_parameters(tiny):
     assert [len(layers) for layers, _ in first_layer.segments] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_recipe_can_be_differentiated_and_prepared(tiny):
     loaded, data = tiny
     model, key = loaded.model("averis"), jax.random.key(0)
