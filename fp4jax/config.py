@@ -62,8 +62,8 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def _model() -> dict:
-    """`name`: "qwen3", or "llama", which lacks the norms of query and key heads. `dtype` is the activations' (parameters
-    are float32), `remat` what the backward recomputes.
+    """`name`: "qwen3", or "llama", which lacks the norms of query and key heads. `dtype` is the activations'
+    (parameters are float32), `remat` what the backward recomputes.
     """
     return {
         "name": "qwen3",
