@@ -150,9 +150,16 @@ class Operand:
     def is_high_precision(self) -> bool:
         return self == Operand()
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the forward's copy, split and all, as it is."""
+        return self == Operand(source=Source.QUANTIZED)
+
     def __str__(self) -> str:
         if self.is_high_precision:
             return "high precision"
+        if self.is_copy:
+            return "the forward's copy"
         parts = [self.format.name if self.format else "high precision"]
         if self.format:
             parts += self._scaling()
@@ -169,7 +176,7 @@ class Operand:
             parts.append(str(self.split))
         if self.source is Source.QUANTIZED:
             parts.append("from the forward's copy")
-        return ", ".join(parts if self != Operand(source=Source.QUANTIZED) else ["the forward's copy"])
+        return ", ".join(parts)
 
     def _scaling(self) -> list[str]:
         if self.format.block:
@@ -212,6 +219,9 @@ class Recipe:
         for slot in ("fprop.x", "fprop.w", "dgrad.g", "wgrad.g"):
             if self.slots[slot].source is not Source.ORIGINAL:
                 raise ValueError(f"recipe {self.name}: {slot} has no earlier copy to be made from")
+        for forward, backward in ((self.fprop.lhs, self.wgrad.lhs), (self.fprop.rhs, self.dgrad.rhs)):
+            if backward.source is Source.QUANTIZED and not backward.is_copy and forward.split != backward.split:
+                raise ValueError(f"recipe {self.name}: an operand made from the forward's copy has the forward's split")
 
     def _check_splits(self):
         w = [operand.split for operand in (self.fprop.rhs, self.dgrad.rhs) if operand.split]
