@@ -265,6 +265,12 @@ def _split_only(side: str, recipe: Recipe) -> Recipe:
     return _on_splits(recipe, lambda slot, split: split if slot.endswith(side) else None)
 
 
+def _forward_in_high_precision(recipe: Recipe) -> Recipe:
+    if recipe.fprop.is_high_precision:
+        raise ValueError(f"recipe {recipe.name} has its forward in high precision already")
+    return dataclasses.replace(recipe, fprop=Gemm())
+
+
 _VARIANTS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "nearest": ("round to nearest everywhere: deterministic", lambda r: _round_all(r, Rounding.NEAREST)),
     "sr_all": ("stochastic rounding of every quantized operand", lambda r: _round_all(r, Rounding.STOCHASTIC)),
@@ -275,6 +281,7 @@ _VARIANTS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
         "a mean for every sequence instead of one for the batch",
         lambda r: _on_splits(r, lambda slot, split: dataclasses.replace(split, axes=MeanAxes.SEQUENCE)),
     ),
+    "fwd_bf16": ("fprop in high precision, dgrad and wgrad as they are", _forward_in_high_precision),
 }
 _CONTRADICTIONS = ({"nearest", "sr_all"}, {"x_only", "d_only"})
 
