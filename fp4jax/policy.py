@@ -223,9 +223,9 @@ def _all_linear(recipe: Recipe, paths: tuple[str, ...]) -> Policy:
 def _nvidia(recipe: Recipe, paths: tuple[str, ...]) -> Policy:
     """The first 2 and last 8 of 62 blocks in high precision, in proportion to the number of blocks.
 
-    10/62 of the blocks (16 %), rounded, at least one; a fifth of them, rounded down, are the first ones. That gives the
-    published choice at 62 blocks, the first and the last 4 of 28 to 34, and the last 3 of 16 to 21 (arXiv 2509.25149 finds that the last
-    blocks matter most).
+    10/62 of the blocks (16 %), rounded, at least one; a fifth of them, rounded down, are the first ones. At 62 blocks
+    that is the published choice (arXiv 2509.25149, which finds that the last blocks matter most), of 28 to 34 the first
+    and the last 4, of 16 to 21 the last 3.
     """
     blocks = sorted({int(found[1]) for found in map(_BLOCK.search, paths) if found})
     if len(blocks) < 2:

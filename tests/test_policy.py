@@ -167,7 +167,10 @@ def content(**changes):
         (json.dumps(content(rules=["ab"])), 'rule 1 is "ab"'),
         (json.dumps(content(rules=[["mlp(", "run"]])), "policy rule 'mlp(' is not a regular expression"),
         (json.dumps(content(rules=[[".", "averiz"]])), "unknown recipe 'averiz'"),
-        (json.dumps(content(rules=[[".", "run+nearest"]])), "rule '.' has recipe 'run+nearest'; 'run' takes no variants here"),
+        (
+            json.dumps(content(rules=[[".", "run+nearest"]])),
+            "rule '.' has recipe 'run+nearest'; 'run' takes no variants here",
+        ),
     ],
 )
 def test_bad_file_gives_one_line_with_its_name(tmp_path, text, message):
