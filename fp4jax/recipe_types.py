@@ -236,7 +236,9 @@ class Recipe:
                 raise ValueError(f"recipe {self.name}: both copies of {which} must be split alike, or one of them not")
         for gemm, which in ((self.fprop, "fprop"), (self.dgrad, "dgrad")):
             if gemm.lhs.split and gemm.lhs.hadamard:
-                raise ValueError(f"recipe {self.name}: {which} cannot have a transform, its mean row is not transformed")
+                raise ValueError(
+                    f"recipe {self.name}: {which} cannot have a transform, its mean row is not transformed"
+                )
         x, g = self.wgrad.lhs.split, self.wgrad.rhs.split
         if x and g and type(x) is not type(g):
             raise ValueError(f"recipe {self.name}: X and D must both be mean-split in wgrad, or both of low rank")
