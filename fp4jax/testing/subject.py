@@ -16,6 +16,7 @@ import numpy as np
 from fp4jax.numerics import NVFP4
 
 BLOCK = NVFP4.block
+DRAWS = 16_384
 PER_BLOCK = BLOCK - 1  # free elements of a block whose first one fixes its scale
 MAGNITUDES = np.array(NVFP4.element.magnitudes)
 GRID = np.concatenate([-MAGNITUDES[:0:-1], MAGNITUDES])  # 15 values: zero has one sign
@@ -48,11 +49,12 @@ class Violation(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The callables under test; each may be None but the first."""
+    """The callables under test, each but the first may be None; `draws` for each mean of stochastic rounding."""
 
     nearest: Callable
     stochastic: Callable | None = None
     square: Callable | None = None
+    draws: int = DRAWS
 
     def __call__(self, x) -> Output:
         return observe(self.nearest(jnp.asarray(x)), np.shape(x))
@@ -101,7 +103,8 @@ def decoded_scales(scales: np.ndarray) -> np.ndarray:
 def on_grid(points: np.ndarray) -> np.ndarray:
     """A matrix in which a quantizer sees each of `points` unscaled; `from_grid` finds them again."""
     row, skip = _ROW_BLOCKS * PER_BLOCK, _SKIPPED * PER_BLOCK
-    padded = np.zeros(-(-(points.size + skip) // row) * row, np.float32)
+    rows = -(-(points.size + skip) // row)
+    padded = np.zeros(max(8, 1 << (rows - 1).bit_length()) * row, np.float32)  # few shapes, so few compilations
     padded[skip : skip + points.size] = points
     blocks = padded.reshape(-1, PER_BLOCK)
     peaks = np.full((len(blocks), 1), NVFP4.element.max, np.float32)
