@@ -47,6 +47,7 @@ _MODULES = (
     "policy",  # rules from layer path to recipe
     "models",  # Qwen3, Llama, pretrained weights
     "training",  # the training loop
+    "testing",  # is a quantizer NVFP4? laws and golden vectors for any callable
     "evaluation",  # the scores of a checkpoint
 )
 
