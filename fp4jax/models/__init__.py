@@ -10,6 +10,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
 from fp4jax.policy import policy
+from fp4jax.statistics import Monitor
 
 __all__ = ["Qwen3", "Qwen3Config", "build", "loss", "parameter_counts"]
 
@@ -35,15 +36,15 @@ def build(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def loss(
-    model: nnx.Module, batch: dict[str, Array], *, key=None, weights: PyTree = None
+    model: nnx.Module, batch: dict[str, Array], *, key=None, weights: PyTree = None, monitor: Monitor | None = None
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of negative log-likelihoods (nats) of the real targets, and their number.
 
     Args:
       batch: tokens and targets int[B, T], loss_mask [B, T] (0: no target).
-      key, weights: as the model takes them.
+      key, weights, monitor: as the model takes them.
     """
-    logits_BxTxV = model(batch["tokens"], key=key, weights=weights)
+    logits_BxTxV = model(batch["tokens"], key=key, weights=weights, monitor=monitor)
     log_normalizer = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     chosen = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
     mask = batch["loss_mask"].astype(jnp.float32)

@@ -25,6 +25,7 @@ from fp4jax.recipes import recipe
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.console import ProgressBar, make_console, start_table
 from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
+from fp4jax.training.health import HealthMonitor
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.optimizer import make_optimizer
@@ -41,7 +42,8 @@ class NonFiniteLossError(ValueError):
 def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Console | None = None) -> None:
     """Trains to `config.steps`, from the workdir's newest checkpoint if it has one.
 
-    Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` in the workdir. A run that is complete is left as it is.
+    Writes `checkpoints/`, `metrics.jsonl`, `health.jsonl` if asked for, and `tensorboard/` in the workdir. A run that is
+    complete is left as it is.
 
     Raises:
       ConfigError, DataError, ValueError: a setting that cannot run.
@@ -145,12 +147,19 @@ class _Loop:
         static, config = self.static, self.static.config
         train_step = make_train_step(config, static.template, static.optimizer, static.mesh)
         loss_step = make_loss_step(config, static.template, static.mesh)
+        health = HealthMonitor(config, static.template, static.mesh, self.writer)
         state, position = self._first_state(done)
         bar = ProgressBar(static.console, config.steps, done, config.log.progress)
         with contextlib.closing(static.training_data.batches(position)) as batches, bar:
             running: tuple[int, Metrics] | None = None
             for step in range(done + 1, config.steps + 1):
-                state, metrics = train_step(state, put_batch(next(batches), static.mesh))
+                batch = put_batch(next(batches), static.mesh)
+                if health.due(step):
+                    if running:
+                        self._report(*running, bar)
+                        running = None
+                    self.timer.exclude(health.measure(step, state, batch))
+                state, metrics = train_step(state, batch)
                 if running:
                     self._report(*running, bar)
                 running = (step, metrics)
