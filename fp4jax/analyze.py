@@ -25,7 +25,13 @@ class Subcommand(NamedTuple):
 
 
 # Name → what it is. A new subcommand is one row.
-SUBCOMMANDS: dict[str, Subcommand] = {}
+SUBCOMMANDS: dict[str, Subcommand] = {
+    "health": Subcommand(
+        "noise, underflow, bias and exact gradient of a run, by layer and step",
+        "fp4jax.analysis.health.command",
+        "run",
+    ),
+}
 
 
 def main(arguments: Sequence[str]) -> int:

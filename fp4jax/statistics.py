@@ -5,6 +5,7 @@ the gradient travel out of the backward pass as the cotangent of `probe`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -101,6 +102,7 @@ def gradient_statistics(
     return jnp.concatenate(found, axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames=("operand", "axis", "batch_dims"))  # traced once for equal operands
 def operand_statistics(
     x: Float[Array, "..."], part: Part, operand: Operand, axis: int, batch_dims: int = 0, row_mask=None
 ) -> Float32[Array, "*batch s"]:

@@ -16,13 +16,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32
 
-from fp4jax.statistics import FORWARD_OPERANDS, FORWARD_STATISTICS, GRADIENT_OPERANDS, GRADIENT_STATISTICS
+from fp4jax.statistics import FORWARD_STATISTICS, GRADIENT_STATISTICS
 from fp4jax.training.mesh import BATCH, replicated
 from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.state import ModelTemplate, Parameters, TrainState, model_template, on_mesh
 from fp4jax.training.step import Batch, loss_and_gradients, training_key
 
-OPERANDS = (*FORWARD_OPERANDS, *GRADIENT_OPERANDS)
+OPERANDS = ("fprop.x", "dgrad.g", "wgrad.x", "fprop.w", "dgrad.w", "wgrad.g")  # the left ones, then the right ones
 WGRAD = "wgrad"
 COMPARISON = ("product", "energy", "exact_energy", "noise")
 """Sums over a gradient and the exact one: of their products, of both squares, of the squared difference."""

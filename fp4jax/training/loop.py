@@ -42,8 +42,8 @@ class NonFiniteLossError(ValueError):
 def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Console | None = None) -> None:
     """Trains to `config.steps`, from the workdir's newest checkpoint if it has one.
 
-    Writes `checkpoints/`, `metrics.jsonl`, `health.jsonl` if asked for, and `tensorboard/` in the workdir. A run that is
-    complete is left as it is.
+    Writes `checkpoints/`, `metrics.jsonl`, `health.jsonl` if asked for, and `tensorboard/` in the workdir. A run that
+    is complete is left as it is.
 
     Raises:
       ConfigError, DataError, ValueError: a setting that cannot run.
