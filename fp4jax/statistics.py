@@ -24,8 +24,8 @@ OPERAND_STATISTICS = (
     "residual_energy",  # of what is left of it after the split
     "noise",  # of the difference between the operand as it is multiplied and as it comes in
     "elements",  # that are not zero when they are quantized: padding and masked rows count nowhere
-    "underflows",  # those of them whose code is zero
-    "saturated",  # those whose code is the largest
+    "underflows",  # those of them that have become zero, by their code or by their block's scale
+    "saturated",  # those of the others whose code is the largest
     "blocks",  # that hold an element that is not zero
     "zero_scales",  # those of them whose scale is the byte 0
     "largest_scales",  # those whose scale is the largest finite one
@@ -122,7 +122,7 @@ def operand_statistics(
         left = residual(x, _center(x, mean, operand, batch_dims, row_mask), row_mask)
     values = dequantize(part.residual)
     noise = values - _as_quantized(added, operand, axis, values.shape)
-    counts = _counts(part.residual, _as_quantized(left, operand, axis, values.shape), axes)
+    counts = _counts(part.residual, values, _as_quantized(left, operand, axis, values.shape), axes)
     energies = [_energy(x, axes), jnp.sum(mean_energy, axis=axes), _energy(left, axes), _energy(noise, axes)]
     return jnp.stack([*energies, *counts], axis=-1)
 
@@ -144,13 +144,13 @@ def _as_quantized(x, operand: Operand, axis: int, shape: tuple[int, ...]):
     return hadamard(x, axis) if operand.hadamard else x
 
 
-def _counts(value, target, axes):
-    """The six counts; `target` is what was quantized to `value`."""
+def _counts(value, values, target, axes):
+    """The six counts; `target` is what was quantized to `value`, which represents `values`."""
     if not isinstance(value, QTensor):
         return [jnp.zeros(target.shape[: axes[0]], jnp.float32)] * 6
     codes, largest_code = _magnitude_codes(value)
     nonzero = target != 0
-    found = [nonzero, nonzero & (codes == 0), codes == largest_code]
+    found = [nonzero, nonzero & (values == 0), (codes == largest_code) & (values != 0)]
     if value.scales is None:
         blocks = jnp.zeros_like(nonzero)
         found += [blocks] * 3

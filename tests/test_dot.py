@@ -285,7 +285,8 @@ def statistics_of(name, x, w, g, mask):
         found += [
             np.square(masked).sum(), real.sum() * np.square(mean).sum(), np.square(np.where(real, g - center, 0)).sum(),
             np.square(operand.exact() - in_blocks[0]).sum(),
-            (target != 0).sum(), ((target != 0) & (codes == 0)).sum(), (codes == 7).sum(),
+            (target != 0).sum(), ((target != 0) & ((codes == 0) | (scales == 0))).sum(),
+            ((codes == 7) & (scales != 0)).sum(),
             filled.sum(), (filled & (scales[..., 0] == 0)).sum(), (scales[..., 0] == 126).sum(),
         ]  # fmt: skip
     return [*found, *split_statistics_of(layer, value, x, mean, added, real)]

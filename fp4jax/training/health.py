@@ -30,7 +30,7 @@ COMPARISON = ("product", "energy", "exact_energy", "noise")
 # Ratio → whether a small one is the bad one.
 OPERAND_RATIOS = {
     "sqnr_db": True,  # 10 log10(energy / energy of the quantization error)
-    "underflow": False,  # of the elements that are not zero, the share whose code is
+    "underflow": False,  # of the elements that are not zero, the share that becomes it
     "saturated": False,  # of the same, the share with the largest code
     "zero_scales": False,  # of the blocks that are not zero, the share whose scale is
     "largest_scales": False,  # of the same, the share with the largest scale

@@ -11,7 +11,7 @@ from fp4jax.training.health import STOP_RATIO
 
 TITLES = {
     "sqnr_db": "signal-to-quantization-noise ratio, dB",
-    "underflow": "share of non-zero elements whose code is 0",
+    "underflow": "share of non-zero elements that became 0",
     "saturated": "share of non-zero elements with the largest code",
     "zero_scales": "share of non-zero blocks whose scale is 0",
     "largest_scales": "share of blocks with the largest scale",
