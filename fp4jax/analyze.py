@@ -36,6 +36,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.ptq.command",
         "main",
     ),
+    "health": Subcommand(
+        "noise, underflow, bias and exact gradient of a run, by layer and step",
+        "fp4jax.analysis.health.command",
+        "run",
+    ),
 }
 
 

@@ -23,7 +23,7 @@ IN_FLIGHT_GB = 1
 """GB of each item that are copied at a time while it is written or read (more where a single array is larger)."""
 
 MAY_CHANGE = (
-    *("steps", "log", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
+    *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
     *("data.prefetch", "data.max_bad_fraction", "model.remat"),
 )
 """Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""

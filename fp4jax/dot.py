@@ -263,8 +263,14 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
         d = mask_rows(d, mask)
         dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
         dx = gemms.contract_features(dq.forward, w, -1, batch_dims, spec.gemm_dtype, spec.precision, mask)
-        dw = gemms.contract_tokens(x, dq.backward, recipe, d.shape, batch_dims, spec.gemm_dtype, spec.precision, mask)
-        statistics = gradient_statistics(d, dq, recipe, batch_dims, mask) if with_statistics else None
+
+        def contract(x, d_part):
+            return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, spec.gemm_dtype, spec.precision, mask)
+
+        dw = contract(x, dq.backward)
+        statistics = None
+        if with_statistics:
+            statistics = gradient_statistics(d, dq, x, dw, contract, recipe, batch_dims, mask)
         return dx.astype(spec.lhs_dtype), dw.astype(spec.rhs_dtype), statistics
 
     def again(batch_dims):

@@ -6,6 +6,7 @@ Token axes are never merged: blocks along the tokens run along the last token ax
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -267,22 +268,24 @@ def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: s
 
 
 def _split_low_rank(x, split: LowRankSplit, context: _Context, name: str):
-    batch_dims = context.batch_dims
-    rows = 1
-    for size in x.shape[batch_dims:-1]:
-        rows *= size
+    exact = exact_low_rank(x, split, context.batch_dims)
+    quantized = LowRank(
+        context.quantize(exact.left, split.factor, f"left.{name}", -2),
+        exact.scale,
+        context.quantize(exact.right, split.factor, f"right.{name}", -1),
+    )
+    taken_off = quantized if split.centered else exact
+    return _SplitOff(low_rank=quantized), x - low_rank_product(taken_off, context.batch_dims)
+
+
+def exact_low_rank(x: Float32[Array, "..."], split: LowRankSplit, batch_dims: int) -> LowRank:
+    """The part of x [*batch, *rows, features] that the split takes off, before its factors are quantized."""
+    rows = math.prod(x.shape[batch_dims:-1])
     rank = max(1, round(split.rank_fraction * min(rows, x.shape[-1])))
     left, right = low_rank_factors(x, rank, batch_dims, split.iterations)
     scale = jnp.sqrt(jnp.sum(jnp.square(left), axis=tuple(range(batch_dims, x.ndim - 1)), keepdims=True))
-    left = left / jnp.where(scale > 0, scale, 1.0)
     right = right.reshape(*right.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 2), *right.shape[batch_dims:])
-    low_rank = LowRank(
-        context.quantize(left, split.factor, f"left.{name}", -2),
-        scale,
-        context.quantize(right, split.factor, f"right.{name}", -1),
-    )
-    taken_off = low_rank if split.centered else LowRank(left, scale, right)
-    return _SplitOff(low_rank=low_rank), x - low_rank_product(taken_off, batch_dims)
+    return LowRank(left / jnp.where(scale > 0, scale, 1.0), scale, right)
 
 
 def low_rank_product(low_rank: LowRank, batch_dims: int) -> Float32[Array, "..."]:

@@ -13,6 +13,7 @@ from fp4jax.models.pretrained import LoadedModel, load, load_parameters
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
 from fp4jax.policy import Policy, policy
 from fp4jax.recipes import Recipe
+from fp4jax.statistics import Monitor
 
 __all__ = [
     "Llama",
@@ -60,15 +61,15 @@ def _parts(config: ml_collections.ConfigDict) -> tuple[type[nnx.Module], Qwen3Co
 
 
 def loss(
-    model: nnx.Module, batch: dict[str, Array], *, key=None, weights: PyTree = None
+    model: nnx.Module, batch: dict[str, Array], *, key=None, weights: PyTree = None, monitor: Monitor | None = None
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of negative log-likelihoods (nats) of the real targets, and their number.
 
     Args:
       batch: tokens and targets int[B, T], loss_mask [B, T] (0: no target).
-      key, weights: as the model takes them.
+      key, weights, monitor: as the model takes them.
     """
-    logits_BxTxV = model(batch["tokens"], key=key, weights=weights)
+    logits_BxTxV = model(batch["tokens"], key=key, weights=weights, monitor=monitor)
     log_normalizer = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     chosen = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
     mask = batch["loss_mask"].astype(jnp.float32)

@@ -26,6 +26,7 @@ from fp4jax.evaluation import EvaluationResult, evaluate
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.console import ProgressBar, make_console, start_table
 from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
+from fp4jax.training.health import HealthMonitor
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.optimizer import make_optimizer
@@ -43,7 +44,8 @@ class NonFiniteLossError(ValueError):
 def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Console | None = None) -> None:
     """Trains to `config.steps`, from the workdir's newest checkpoint if it has one.
 
-    Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` in the workdir. A run that is complete is left as it is.
+    Writes `checkpoints/`, `metrics.jsonl`, `health.jsonl` if asked for, and `tensorboard/` in the workdir. A run that
+    is complete is left as it is.
 
     Raises:
       ConfigError, DataError, ValueError: a setting that cannot run, in any phase of the schedule.
@@ -159,8 +161,14 @@ class _Loop:
                 phase = phase_at(static.phases, step)
                 if step in (done + 1, phase.first):
                     self._start_phase(phase)
-                train_step, loss_step = programs.at(step)
-                state, metrics = train_step(state, put_batch(next(batches), static.mesh))
+                train_step, loss_step, health = programs.at(step)
+                batch = put_batch(next(batches), static.mesh)
+                if health.due(step):
+                    if running:
+                        self._report(*running, bar)
+                        running = None
+                    self.timer.exclude(health.measure(step, state, batch))
+                state, metrics = train_step(state, batch)
                 if running:
                     self._report(*running, bar)
                 running = (step, metrics)
@@ -176,11 +184,12 @@ class _Loop:
                     self._report(*running, bar, result)
                     running = None
 
-    def _compiled(self, config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
+    def _compiled(self, config: ml_collections.ConfigDict) -> tuple[Callable, Callable, HealthMonitor]:
         """The steps of one phase."""
         static, template = self.static, model_template(config)
         train_step = make_train_step(config, template, static.optimizer, static.mesh)
-        return train_step, make_loss_step(config, template, static.mesh)
+        health = HealthMonitor(config, template, static.mesh, self.writer)
+        return train_step, make_loss_step(config, template, static.mesh), health
 
     def _start_phase(self, phase: Phase) -> None:
         """Another recipe takes another time a step: the measurement begins anew."""
