@@ -54,13 +54,22 @@ def masked_product(name, batch_dims=0):
     return lambda *args: tuple(np.asarray(t) for t in compiled(*args))
 
 
-def oracle_layer(name, x, w, g, row_mask=None, batch_dims=0):
-    def transform(x, axis):  # fp4jax's own: its float32 order of additions decides the bfloat16 rounding
-        return np.asarray(numerics.hadamard(jnp.asarray(x), axis))
+transformed = jax.jit(numerics.hadamard, static_argnames=("axis", "size"))
 
-    return oracle.averis_layer(
-        x, w, g, name, words=contract.words(KEY), batch_dims=batch_dims, row_mask=row_mask, hadamard_fn=transform
-    )
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def factors(x, rank, batch_dims):
+    return numerics.low_rank_factors(x, rank, batch_dims, 1)
+
+
+def oracle_layer(name, x, w, g, row_mask=None, batch_dims=0):
+    def transform(x, axis, size, signs):  # fp4jax's own: its float32 order of additions decides the bfloat16 rounding
+        return transformed(x, axis=axis, size=size, signs=None if signs is None else signs.astype(np.float32))
+
+    return oracle.linear_layer(
+        x, w, g, name, words=contract.words(KEY), batch_dims=batch_dims, row_mask=row_mask, hadamard_fn=transform,
+        factors_fn=factors,
+    )  # fmt: skip
 
 
 def assert_equals_oracle(got, layer):
