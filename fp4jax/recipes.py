@@ -81,7 +81,10 @@ def _square_weights(recipe: Recipe) -> Recipe:
     def square(slot, operand):
         if not slot.endswith(".w") or not (operand.format and operand.format.block):
             return operand
-        return dataclasses.replace(operand, block=(operand.format.block,) * 2)
+        try:
+            return dataclasses.replace(operand, block=(operand.format.block,) * 2)
+        except ValueError as error:
+            raise ValueError(f"recipe {recipe.name} cannot have square weight blocks: {error}") from None
 
     changed = recipe.map_operands(square)
     if changed == recipe:
