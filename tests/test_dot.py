@@ -82,17 +82,13 @@ def assert_equals_oracle(got, layer):
 # ---------------------------------------------------------------- against the oracle
 
 SERVED = [name for name in list_recipes() if name != "bf16"]  # the oracle quantizes
-VARIANTS = [
-    name
-    for name in contract.ROWS
-    if name.split("+")[0] in SERVED and name.endswith(("+nearest", "+sr_all", "+mean_bf16"))
-]
+VARIANTS = [name for name in contract.ROWS if name not in list_recipes()]
 QUICK_VARIANTS = ("averis+sr_all", "averis+mean_bf16", "averis_centered+nearest")
+# Quick ones by the time they compile; each of the others is a slow test.
+QUICK = {*SERVED, *QUICK_VARIANTS} - {"quartet2", "metis", "averis_hadamard", "averis_centered_hadamard"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in (*SERVED, *QUICK_VARIANTS) else SLOW) for n in SERVED + VARIANTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else SLOW) for n in SERVED + VARIANTS])
 def test_equals_oracle(name):
     x, w, g = operands()
     everything = np.ones(REAL.shape, bool)
@@ -128,7 +124,7 @@ def test_other_shapes_and_magnitudes_equal_oracle(name, exponent, tokens, inputs
     mask = np.ones(tokens, bool)
     *got, _ = masked_product(name)(x, w, g, mask, KEY)
     expected = oracle_layer(name, x, w, g)
-    if tokens == (1, 1) and recipe(name).wgrad.lhs.split:  # one token is its own mean
+    if tokens == (1, 1) and isinstance(recipe(name).wgrad.lhs.split, MeanSplit):  # one token is its own mean
         assert not expected.operands["fprop.x"].codes.any() or recipe(name).fprop.lhs.split.center is not Center.MEAN
     assert_equals_oracle(got, expected)
 
@@ -262,30 +258,33 @@ def test_a_vector_is_one_token():
 # ---------------------------------------------------------------- statistics of the gradient
 
 
+# Nothing to count in high precision; the noise of a low-rank split has the error of its factors in it; transforms
+# along the features pad them, and the padding has codes.
+UNCOUNTED = ("ternary", "ternary_absmean", "metis", "quartet2", "tetrajet2")
+QUICK_STATISTICS = ("nvfp4", "nvfp4_hadamard", "averis")
+SLOW_STATISTICS = [n for n in (*SERVED, *QUICK_VARIANTS) if n not in QUICK_STATISTICS and n not in UNCOUNTED]
+
+
 def statistics_of(name, x, w, g, mask):
     """GRADIENT_STATISTICS by the oracle's operands."""
-    layer, value = oracle_layer(name, x, w, g, mask), recipe(name)
-    real = mask[..., None]
-    residual, mean_energy = g.astype(np.float64), 0.0
-    if split := value.dgrad.lhs.split:
+    layer, operand = oracle_layer(name, x, w, g, mask), recipe(name).dgrad.lhs
+    real, mean_energy = mask[..., None], 0.0
+    if split := operand.split:
         mean = oracle.column_mean(g, real.astype(np.float64))
         row = layer.operands["mean.g"].exact() if split.mean.format else mean.astype(np.float64)
         mean_energy = real.sum() * np.square(row).sum()
-        residual = residual - (row if split.center is Center.QUANTIZED_MEAN else mean)
-    residual = np.where(real, residual, 0)
-    by_rows, by_tokens = layer.operands["dgrad.g"], layer.operands["wgrad.g"].exact()
-    in_blocks = np.pad(residual, [(0, 0), (0, by_tokens.shape[1] - g.shape[1]), (0, 0)])
-    if value.wgrad.rhs.hadamard:
-        in_blocks = oracle.hadamard(in_blocks, -2).astype(np.float64)
-    codes, scales = by_rows.codes[mask] & 7, by_rows.scale_bytes[mask][:, ::16]
+    noises = [np.square(layer.operands[s].exact() - layer.residuals[s]).sum() for s in ("dgrad.g", "wgrad.g")]
+    q, block = layer.operands["dgrad.g"], operand.format.block
+    codes = q.codes[mask][:, : g.shape[-1]] & (2**operand.format.element.width - 1)
+    scales = q.scale_bytes[mask][:, ::block] if block else np.full(1, 1)
     return [
-        real.sum(), np.square(g[mask].astype(np.float64)).sum(), mean_energy,
-        np.square(by_rows.exact() - residual).sum(), np.square(by_tokens - in_blocks).sum(),
-        (codes == 0).sum(), (codes == 7).sum(), (scales == 0).sum(), (scales == 126).sum(),
+        real.sum(), np.square(g[mask].astype(np.float64)).sum(), mean_energy, *noises,
+        (codes == 0).sum(), (codes == len(operand.format.element.magnitudes) - 1).sum(),
+        (scales == 0).sum(), (scales == 126).sum(),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*SERVED[:3], *(pytest.param(n, marks=SLOW) for n in (*SERVED[3:], *QUICK_VARIANTS))])
+@pytest.mark.parametrize("name", [*QUICK_STATISTICS, *(pytest.param(n, marks=SLOW) for n in SLOW_STATISTICS)])
 def test_statistics(name):
     x, w, g = operands()
     g[:2, :, :16] *= np.float32(2.0**-30)  # blocks that underflow: zero scales
@@ -293,7 +292,8 @@ def test_statistics(name):
         statistics = masked_product(name)(x, w, g, mask, KEY)[-1]
         expected = statistics_of(name, x, w, g, mask)
         np.testing.assert_allclose(statistics, expected, rtol=1e-3)  # noise before a Hadamard transform rounds
-        assert statistics[7] > 0 or recipe(name).dgrad.lhs.split
+        dgrad = recipe(name).dgrad.lhs
+        assert statistics[7] > 0 or dgrad.split or dgrad.format.outer is None or dgrad.format.block is None
 
 
 def test_statistics_of_high_precision_are_energies_only():
