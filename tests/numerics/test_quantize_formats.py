@@ -364,3 +364,12 @@ def test_a_correction_of_ragged_ends():
     padded = np.pad(x, [(0, 0), (0, 56)])
     got, expected = (np.asarray(opened(corrected(jnp.asarray(a)))[2]) for a in (x, padded))
     assert np.array_equal(got, expected[:, :200])
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.outer is None or isinstance(f.outer, int)], ids=str)
+def test_nan_is_not_lost_in_a_maximum_over_another_axis(format):
+    """XLA:CPU's maximum of floats over an axis that is not the last one drops NaN."""
+    x = normal((4, 8, 40), format)
+    x[1, 1, 1] = np.nan
+    values = np.asarray(opened(quantize(jnp.asarray(x), format, axis=-2))[2])
+    assert np.isnan(values[1, :, 1]).all()
