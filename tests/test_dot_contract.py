@@ -36,7 +36,7 @@ def test_the_table_is_complete():
 
 def worst(name):
     """The largest error that a recipe may make: of one or two bits in a weight, and not of its rounding."""
-    return 0.75 if name.startswith("ternary") else 0.3
+    return 0.8 if name.startswith("ternary") else 0.3
 
 
 @pytest.mark.parametrize("name", rows())
@@ -275,7 +275,7 @@ def test_values_in_every_shape(name):
             assert got.shape == tensor.shape and got.dtype == tensor.dtype
             error = np.linalg.norm(got - tensor) / np.linalg.norm(tensor)
             # Stochastic rounding of noise alone, and in averis of its mean too, costs up to 0.5.
-            assert error < (1e-6 if recipe(name).is_high_precision else 2 * worst(name))
+            assert error < (1e-6 if recipe(name).is_high_precision else max(0.6, 1.2 * worst(name)))
 
 
 @pytest.mark.slow
