@@ -280,7 +280,7 @@ def statistics_of(name, x, w, g, mask):
     return [
         real.sum(), np.square(g[mask].astype(np.float64)).sum(), mean_energy, *noises,
         (codes == 0).sum(), (codes == len(operand.format.element.magnitudes) - 1).sum(),
-        (scales == 0).sum(), (scales == 126).sum(),
+        (scales == 0).sum(), (scales == (126 if q.format.scale == "e4m3" else 254)).sum(),
     ]  # fmt: skip
 
 
