@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 _FOUR_OVER_SIX = (6.0, 4.0)  # six where both err alike, as in TransformerEngine
-_METIS_RANK = 0.015
+_LOW_RANK = 0.015  # of the smaller side of a matrix; Metis' choice
 
 _NEAREST = Operand(NVFP4)
 _STOCHASTIC = Operand(NVFP4, rounding=Rounding.STOCHASTIC)
@@ -81,7 +81,10 @@ def _square_weights(recipe: Recipe) -> Recipe:
     def square(slot, operand):
         if not slot.endswith(".w") or not (operand.format and operand.format.block):
             return operand
-        return dataclasses.replace(operand, block=(operand.format.block,) * 2)
+        try:
+            return dataclasses.replace(operand, block=(operand.format.block,) * 2)
+        except ValueError as error:
+            raise ValueError(f"recipe {recipe.name} cannot have square weight blocks: {error}") from None
 
     changed = recipe.map_operands(square)
     if changed == recipe:
@@ -112,6 +115,15 @@ def _averis_centered(name: str) -> Recipe:
     return _split(_nvfp4(name), x=split, g=split)
 
 
+def _averis_best(name: str) -> Recipe:
+    """`averis_centered` carried on: the mean is the first of several directions that all tokens share.
+
+    Residuals against the quantized low-rank part, so that the split is exact and its factors may be rounded to nearest.
+    """
+    split = LowRankSplit(_LOW_RANK, _NEAREST, centered=True)
+    return _four_over_six(_split(_nvfp4(name), x=split, g=split))
+
+
 def _quartet2(name: str) -> Recipe:
     """Rotated operands of the backward are unbiased by rescaling (EDEN), not by rounding every element at random."""
     backward = Operand(
@@ -126,7 +138,7 @@ def _tetrajet2(name: str) -> Recipe:
 
 
 def _metis(name: str) -> Recipe:
-    forward, gradient = (LowRankSplit(_METIS_RANK, factor) for factor in (_NEAREST, _STOCHASTIC))
+    forward, gradient = (LowRankSplit(_LOW_RANK, factor) for factor in (_NEAREST, _STOCHASTIC))
     return _split(_nvfp4(name), x=forward, w=forward, g=gradient)
 
 
@@ -162,6 +174,10 @@ _RECIPES: dict[str, tuple[str, Callable[[str], Recipe]]] = {
     "averis_centered_hadamard": (
         "averis_centered with Hadamard-16 on the wgrad residuals",
         lambda name: _wgrad_hadamard(_averis_centered(name)),
+    ),
+    "averis_best": (
+        "residuals of X and D against a quantized low-rank part, the mean included, four-over-six: an exact split",
+        _averis_best,
     ),
     "quartet2": (
         "four-over-six forward; backward on forward's copies under Hadamard-128 with EDEN's correction (2601.22813)",

@@ -6,6 +6,7 @@ are rounded once more, stochastically, so that they stay unbiased (MS-EDEN, arXi
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float32, UInt8, UInt32
 
 from fp4jax.numerics import bits, rounding
@@ -36,6 +37,7 @@ def corrected_scales(
     norm, product = (_over_groups(scaled_blocks * other, axis, group) for other in (scaled_blocks, quantized))
     correction = jnp.where(product > 0, norm / jnp.where(product > 0, product, 1), 1.0)
     correction = jnp.repeat(correction, group // scaled_blocks.shape[axis + 1], axis=axis)
+    correction = lax.slice_in_dim(correction, 0, decoded.shape[axis], axis=axis)  # the last group may be short
     corrected = jnp.minimum((decoded * correction).squeeze(axis + 1), format.scale.max)
     if words is None:
         return rounding.encode_scale(corrected, format.scale)
@@ -47,5 +49,6 @@ def _over_groups(x, axis: int, group: int):
     """Sums over groups: [..., blocks, block, ...] → [..., groups, 1, ...]."""
     block = x.shape[axis + 1]
     sums = jnp.sum(x, axis=axis + 1)
+    sums = jnp.pad(sums, [(0, -size % (group // block) if i == axis else 0) for i, size in enumerate(sums.shape)])
     grouped = sums.reshape(*sums.shape[:axis], -1, group // block, *sums.shape[axis + 1 :])
     return jnp.expand_dims(jnp.sum(grouped, axis=axis + 1), axis + 1)

@@ -19,7 +19,7 @@ from fp4jax.numerics.blocks import blocked_shape, inner_axes, over_blocks, pad_t
 from fp4jax.numerics.eden import corrected_scales
 from fp4jax.numerics.formats import Extent, Format, Rounding, ScaleRounding
 from fp4jax.numerics.qtensor import QTensor
-from fp4jax.numerics.scales import block_scales, encode_factor, outer_statistic
+from fp4jax.numerics.scales import block_scales, encode_factor, largest_magnitude, outer_statistic
 from fp4jax.numerics.selection import best_scales
 
 
@@ -113,7 +113,7 @@ def quantize_blocks(
         if candidates:
             scales, inverse = best_scales(blocks, outer, encode, format, axes, pack_axis, candidates)
         else:
-            block_amax = jnp.max(jnp.abs(blocks), axis=inner, keepdims=True)
+            block_amax = largest_magnitude(blocks, inner)
             scales, inverse = block_scales(block_amax, encode, format, scale_rounding or format.scale_rounding)
         codes = _encode((blocks * inverse).reshape(x.shape), format, words, batch_dims, logical)
         if correction is None:

@@ -2,12 +2,25 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float32
 
 from fp4jax.numerics import rounding
 from fp4jax.numerics.formats import Extent, Format, ScaleRounding, Statistic
 
 FLT_MAX = np.finfo(np.float32).max
+
+
+def largest_magnitude(
+    x: Float32[Array, "*shape"], axes: tuple[int, ...], keepdims: bool = True
+) -> Float32[Array, "..."]:
+    """max|x| over `axes`; NaN if there is one.
+
+    The maximum of the bit patterns, which are ordered like magnitudes, with NaN above infinity: XLA:CPU drops NaN from
+    a maximum of floats over an axis that is not the last.
+    """
+    bits = jnp.max(lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=axes, keepdims=keepdims)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def outer_statistic(x: Float32[Array, "*shape"], format: Format, axis: int, batch_dims: int) -> Float32[Array, "..."]:
@@ -25,9 +38,9 @@ def outer_statistic(x: Float32[Array, "*shape"], format: Format, axis: int, batc
     else:
         at = axis % x.ndim
         magnitude = magnitude.reshape(*x.shape[:at], -1, format.outer, *x.shape[at + 1 :])
-        return jnp.max(magnitude, axis=at + 1)
+        return largest_magnitude(magnitude, (at + 1,), keepdims=False)
     if format.statistic is Statistic.MAX:
-        return jnp.max(magnitude, axis=axes, keepdims=True)
+        return largest_magnitude(magnitude, axes)
     total = jnp.sum(magnitude, axis=axes, keepdims=True)
     count = np.float32(np.prod([x.shape[a] for a in axes]))
     return total / jnp.where(total > 0, count, np.float32(1))  # a constant divisor would become a multiplication

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32
 from fp4jax.numerics import rounding
 from fp4jax.numerics.blocks import inner_axes
 from fp4jax.numerics.formats import Format
-from fp4jax.numerics.scales import element_multiplier
+from fp4jax.numerics.scales import element_multiplier, largest_magnitude
 
 
 def best_scales(
@@ -40,7 +40,7 @@ def best_scales(
     rank = blocks.ndim - len(axes)
     inner = inner_axes(rank, axes)
     row = dict(zip(sorted(axis % rank for axis in axes), inner, strict=True))[row_axis % rank]
-    base = _divide(jnp.max(jnp.abs(blocks), axis=inner, keepdims=True), format.element_peak) * encode
+    base = _divide(largest_magnitude(blocks, inner), format.element_peak) * encode
     best = None
     for target in candidates:
         scale = jnp.minimum(base * jnp.float32(format.element_peak / target), format.scale.max)
