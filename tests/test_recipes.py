@@ -56,6 +56,10 @@ def low_rank(operand):
     return f"{operand}, minus low rank 1.5% [{operand}]"
 
 
+def best(operand):
+    return f"{operand}, minus quantized low rank 1.5% [{SIX_OR_FOUR}]"
+
+
 # fprop.x, fprop.w, dgrad.g, dgrad.w, wgrad.x, wgrad.g
 SLOTS = {
     "bf16": (HIGH,) * 6,
@@ -72,6 +76,8 @@ SLOTS = {
     "mxfp8": ("MXFP8, 1x32, nearest",) * 6,
     "mxfp4": of_operands("MXFP4, 1x32, nearest", MXFP4_SR),
     "four_over_six": of_operands(SIX_OR_FOUR, SIX_OR_FOUR_SR),
+    "averis_best": (best(SIX_OR_FOUR), SIX_OR_FOUR, best(SIX_OR_FOUR_SR), SIX_OR_FOUR)
+    + (best(SIX_OR_FOUR), best(SIX_OR_FOUR_SR)),
     "quartet2": of_stages(SIX_OR_FOUR, EDEN),
     "tetrajet2": of_stages(OUTER, OUTER_SR + ROTATED),
     "metis": of_operands(low_rank(RNE), low_rank(SR)),

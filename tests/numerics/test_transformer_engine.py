@@ -17,7 +17,6 @@ from fp4jax import numerics
 from fp4jax.numerics.hadamard import hadamard
 from tests import oracle
 from tests.numerics.near_ties import near_ties
-from tests.oracle_candidates import four_over_six
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv-peer" / "bin" / "python"
@@ -130,7 +129,7 @@ def test_equals_the_reference(reference, mode, data):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "four over six" in mode])
 def test_the_oracle_of_four_over_six_equals_the_reference(reference, mode, data):
     x, *theirs = reference(data, mode)
-    q = four_over_six(np.asarray(x), two_d="16x16" in mode)
+    q = oracle.quantize(np.asarray(x), format="nvfp4-256", two_d="16x16" in mode, six_or_four=True)
     mine = oracle.pack(q.codes), q.scale_bytes[:, ::16], q.amax.reshape(1)
     wrong = count(f"oracle, {mode}", data, ("codes", "scales", "amax"), mine, theirs)
     assert not any(wrong.values()), wrong
