@@ -117,11 +117,11 @@ def tokenizer_json(file: GGUFFile) -> str:
     merges = [tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     try:
+        control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     except Exception as error:  # the library raises bare Exception, whatever is wrong
         raise DataError(f"{file.path}: the tokenizer's merges and tokens do not fit ({error})") from error
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return tokenizer.to_str()
