@@ -33,6 +33,7 @@ _DEFINED_IN = {
     "list_variants": "fp4jax.recipes",
     "Recipe": "fp4jax.recipes",
     "Policy": "fp4jax.policy",
+    "PolicyFile": "fp4jax.policy",
 }
 
 # Public modules, from the ground up.

@@ -29,7 +29,10 @@ def default_config() -> ml_collections.ConfigDict:
 
     Top level:
       recipe: name in `fp4jax.list_recipes()`, variants with `+` ("averis+nearest").
-      policy: which layer gets the recipe ("all_linear": every linear layer of the blocks, as in the paper).
+      policy: which layer gets the recipe: "all_linear" (every linear layer of the blocks, as in the paper), "nvidia"
+        (the first and last blocks in BF16), a policy file ("scan.json"), or rules as JSON ('[["mlp", "run"]]').
+      schedule: recipes by step, "bf16:1%,run:80%,run+fwd_bf16:100%": each with its end in percent of the steps or as a
+        step number, "run" for `recipe`; empty for `recipe` throughout.
       backend: how operands are quantized: "auto" (the best the device has), "xla" or "pallas".
       gemm: how quantized operands are multiplied: "auto", "native" (Blackwell) or "emulated".
       seed: initial weights, order of the data and every stochastic rounding.
@@ -42,6 +45,7 @@ def default_config() -> ml_collections.ConfigDict:
         {
             "recipe": "averis",
             "policy": "all_linear",
+            "schedule": "",
             "backend": "auto",
             "gemm": "auto",
             "seed": 0,

@@ -39,7 +39,7 @@ def _rows() -> list[str]:
 ROWS = _rows()
 QUICK_VARIANTS = {
     "averis+nearest", "averis+sr_all", "averis+mean_bf16", "averis_centered+per_sequence", "averis+x_only",
-    "averis_centered+d_only",
+    "averis_centered+d_only", "averis+fwd_bf16",
 }  # fmt: skip
 
 

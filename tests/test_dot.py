@@ -152,6 +152,18 @@ def test_a_split_in_high_precision_changes_nothing(center, which):
 # ---------------------------------------------------------------- row masks
 
 
+@pytest.mark.parametrize("name", [SERVED[0], *(pytest.param(n, marks=SLOW) for n in SERVED[1:])])
+def test_a_forward_in_high_precision_leaves_the_gradients_alone(name):
+    everything = np.ones(REAL.shape, bool)
+    y, dx, dw, _ = masked_product(f"{name}+fwd_bf16")(*operands(), everything, KEY)
+    quantized_y, quantized_dx, quantized_dw, _ = masked_product(name)(*operands(), everything, KEY)
+    x, w, _ = operands()
+    assert_close(y, x @ w)
+    assert np.abs(quantized_y - y).max() > 0.01 * np.abs(y).max()
+    assert_identical(dx, quantized_dx)
+    assert_identical(dw, quantized_dw)
+
+
 @pytest.mark.parametrize(
     "name", ["averis_centered", *(pytest.param(n, marks=SLOW) for n in SERVED if n != "averis_centered")]
 )

@@ -52,6 +52,7 @@ SLOTS = {
         text.replace("minus mean", "minus mean per sequence")
         for text in (mean(RNE), RNE, mean(SR), RNE, mean(RNE), mean(SR))
     ),
+    "averis+fwd_bf16": (HIGH, HIGH, mean(SR), RNE, mean(RNE), mean(SR)),
     "averis_centered+sr_all": (
         *(mean(SR, "quantized mean", SR), SR, mean(SR, "quantized mean", SR), SR),
         *(mean(SR, "quantized mean", SR), mean(SR, "quantized mean", SR)),
@@ -157,7 +158,8 @@ def test_str_is_the_table():
 
 def test_lists():
     assert list(list_recipes())[:4] == ["bf16", "nvfp4", "nvfp4_hadamard", "averis"]
-    assert set(recipes.list_variants()) == {"nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence"}
+    variants = {"nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence", "fwd_bf16"}
+    assert set(recipes.list_variants()) == variants
     assert all(line and "\n" not in line for line in (list_recipes() | recipes.list_variants()).values())
 
 
@@ -189,6 +191,7 @@ def test_as_recipe():
         ("nvfp4+per_sequence", "recipe nvfp4 splits nothing off"),
         ("nvfp4+x_only", "recipe nvfp4 has no split left"),
         ("bf16+d_only", "recipe bf16 has no split left"),
+        ("bf16+fwd_bf16", "recipe bf16 has its forward in high precision already"),
     ],
 )
 def test_bad_names(name, message):

@@ -75,6 +75,11 @@ class Qwen3Config:
         """From the `model` group of a configuration."""
         return cls(**{field.name: model[field.name] for field in dataclasses.fields(cls)})
 
+    @property
+    def linear_paths(self) -> tuple[str, ...]:
+        """The paths of the blocks' linear layers, which policies match."""
+        return tuple(f"layers.{layer}.{linear}" for layer in range(self.num_layers) for linear in LINEARS)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Products:
@@ -156,7 +161,7 @@ class Block(nnx.Module):
                 prepared[recipe] = prepare(x, recipe, key=linear_key, backend=products.backend)
             kernel = self.kernel(name)
             output = dot_general(
-                x, kernel.astype(x.dtype) if recipe.is_high_precision else kernel, (((2,), (0,)), ((), ())),
+                x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel, (((2,), (0,)), ((), ())),
                 preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
                 rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
             )  # fmt: skip
@@ -235,7 +240,8 @@ class Qwen3(nnx.Module):
             kernels, layer = per_layer
             prepared = {}
             for index, (name, recipe) in enumerate(zip(LINEARS, products.recipes, strict=True)):
-                kernel = kernels[name].astype(self.config.dtype) if recipe.is_high_precision else kernels[name]
+                high_precision = recipe.fprop.is_high_precision
+                kernel = kernels[name].astype(self.config.dtype) if high_precision else kernels[name]
                 layer_key = _fold(_fold(key, layer), index)
                 prepared[name] = prepare(kernel, recipe, "rhs", layer_key, backend=products.backend)
             return prepared
@@ -246,11 +252,11 @@ class Qwen3(nnx.Module):
 
 def _segments(config: Qwen3Config, policy: Policy, backend: str, gemm: str) -> tuple[tuple[range, _Products], ...]:
     """Runs of neighbouring layers whose recipes agree: each is one scan."""
-    names = [[f"layers.{layer}.{linear}" for linear in LINEARS] for layer in range(config.num_layers)]
-    assigned = policy.assign(name for layer in names for name in layer)
+    recipes = tuple(policy.assign(config.linear_paths).values())
     segments = []
-    for layer, paths in enumerate(names):
-        products = _Products(tuple(assigned[path] for path in paths), backend, gemm)
+    for layer in range(config.num_layers):
+        first = layer * len(LINEARS)
+        products = _Products(recipes[first : first + len(LINEARS)], backend, gemm)
         if segments and segments[-1][1] == products:
             segments[-1] = (range(segments[-1][0].start, layer + 1), products)
         else:
