@@ -31,6 +31,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.geometry.command",
         "main",
     ),
+    "sensitivity": Subcommand(
+        "which linear layers FP4 hurts most, and a policy file that spares them",
+        "fp4jax.analysis.sensitivity.command",
+        "main",
+    ),
 }
 
 

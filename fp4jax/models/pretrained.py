@@ -59,7 +59,7 @@ class LoadedModel:
         Raises:
           ValueError: an unknown recipe or policy, or a rule that matches no layer.
         """
-        chosen = policy if isinstance(policy, Policy) else policies.policy(policy, recipe)
+        chosen = policy if isinstance(policy, Policy) else policies.policy(policy, recipe, self.config.linear_paths)
         graphdef, state = nnx.split(_abstract(self.config, chosen, backend, gemm))
         filled = [(path, variable.replace(self.params[_dotted(path)])) for path, variable in nnx.to_flat_state(state)]
         return nnx.merge(graphdef, nnx.from_flat_state(filled))
