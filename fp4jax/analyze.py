@@ -31,6 +31,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.geometry.command",
         "main",
     ),
+    "ptq": Subcommand(
+        "loss and weight gradients of a pretrained model under every recipe",
+        "fp4jax.analysis.ptq.command",
+        "main",
+    ),
     "sensitivity": Subcommand(
         "which linear layers FP4 hurts most, and a policy file that spares them",
         "fp4jax.analysis.sensitivity.command",

@@ -217,9 +217,9 @@ def _backward_part(
     forward: Part, rows, split: _SplitOff, operand: Operand, slot: str, axis: int, context, signs
 ) -> Part:
     """The copy for the backward, made from the original rows or from the forward's quantized ones."""
+    if operand.is_copy:
+        return forward
     if operand.source is Source.QUANTIZED:
-        if operand.format is None and not operand.hadamard:
-            return dataclasses.replace(forward, signs=signs)
         rows = dequantize(forward.residual)
     return _part(rows, split, operand, slot, axis, context, signs)
 

@@ -150,9 +150,16 @@ class Operand:
     def is_high_precision(self) -> bool:
         return self == Operand()
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the forward's copy, split and all, as it is."""
+        return self == Operand(source=Source.QUANTIZED)
+
     def __str__(self) -> str:
         if self.is_high_precision:
             return "high precision"
+        if self.is_copy:
+            return "the forward's copy"
         parts = [self.format.name if self.format else "high precision"]
         if self.format:
             parts += self._scaling()
@@ -169,7 +176,7 @@ class Operand:
             parts.append(str(self.split))
         if self.source is Source.QUANTIZED:
             parts.append("from the forward's copy")
-        return ", ".join(parts if self != Operand(source=Source.QUANTIZED) else ["the forward's copy"])
+        return ", ".join(parts)
 
     def _scaling(self) -> list[str]:
         if self.format.block:
@@ -212,6 +219,9 @@ class Recipe:
         for slot in ("fprop.x", "fprop.w", "dgrad.g", "wgrad.g"):
             if self.slots[slot].source is not Source.ORIGINAL:
                 raise ValueError(f"recipe {self.name}: {slot} has no earlier copy to be made from")
+        for forward, backward in ((self.fprop.lhs, self.wgrad.lhs), (self.fprop.rhs, self.dgrad.rhs)):
+            if backward.source is Source.QUANTIZED and not backward.is_copy and forward.split != backward.split:
+                raise ValueError(f"recipe {self.name}: an operand made from the forward's copy has the forward's split")
 
     def _check_splits(self):
         w = [operand.split for operand in (self.fprop.rhs, self.dgrad.rhs) if operand.split]
@@ -224,6 +234,11 @@ class Recipe:
         for a, b, which in pairs:
             if a.split and b.split and a.split != b.split:
                 raise ValueError(f"recipe {self.name}: both copies of {which} must be split alike, or one of them not")
+        for gemm, which in ((self.fprop, "fprop"), (self.dgrad, "dgrad")):
+            if gemm.lhs.split and gemm.lhs.hadamard:
+                raise ValueError(
+                    f"recipe {self.name}: {which} cannot have a transform, its mean row is not transformed"
+                )
         x, g = self.wgrad.lhs.split, self.wgrad.rhs.split
         if x and g and type(x) is not type(g):
             raise ValueError(f"recipe {self.name}: X and D must both be mean-split in wgrad, or both of low rank")

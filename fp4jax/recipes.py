@@ -247,7 +247,7 @@ def _weights_in_high_precision(recipe: Recipe) -> Recipe:
 def _forward_in_high_precision(recipe: Recipe) -> Recipe:
     """The backward's operands then have no quantized copy to be made from: they are made from the original."""
     if recipe.fprop.is_high_precision:
-        raise ValueError(f"recipe {recipe.name} has a forward in high precision already")
+        raise ValueError(f"recipe {recipe.name} has its forward in high precision already")
     changed = recipe.map_operands(
         lambda slot, o: Operand() if slot.startswith("fprop") else dataclasses.replace(o, source=Source.ORIGINAL)
     )

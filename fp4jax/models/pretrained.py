@@ -53,7 +53,7 @@ class LoadedModel:
 
         Args:
           recipe: what the policy of that name gives to its layers.
-          policy: a name (`fp4jax.policy.policy`), or a `Policy`, which has its own recipes: `recipe` is not used.
+          policy: a name, rules or a file (`fp4jax.policy.policy`), or a `Policy`, which has its own recipes: `recipe` is not used.
           backend, gemm: as in `fp4jax.dot_general`.
 
         Raises:
