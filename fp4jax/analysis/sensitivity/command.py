@@ -45,10 +45,10 @@ def main(arguments: Sequence[str]) -> None:
     start = time.perf_counter()
     subject = _subject(options)
     _check_seeds(subject, options.seeds)
-    _, length = subject.batches[0]["tokens"].shape
+    rows, length = subject.batches[0]["tokens"].shape
     print(
-        f"{subject.name}, recipe {subject.recipe.name}, one part at a time; {len(subject.batches)} held-out batches of "
-        f"{len(subject.batches[0]['tokens'])} x {length} tokens, {options.seeds} seeds",
+        f"{subject.name}, recipe {subject.recipe.name}, one part at a time; held-out text: {len(subject.batches)} x "
+        f"{rows} rows of {length} tokens; seeds: {options.seeds}",
         flush=True,
     )
     found, ranked = _measure(subject, options)

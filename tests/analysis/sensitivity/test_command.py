@@ -32,6 +32,7 @@ def config(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.standard_promotion  # optax
 def test_a_scanned_run_trains_under_the_policy_file(config, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     train(config, run)
