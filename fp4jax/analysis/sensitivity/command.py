@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         "keep_percent_of_parameters": options.keep,
         "ranking_measured": options.every_layer,
         "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "seconds": round(time.perf_counter() - start, 1),
     }
     provenance = {key: record[key] for key in ("command", "model", "recipe", "rank_by", "keep_percent_of_parameters")}

@@ -106,8 +106,9 @@ def _map(figure: Any, axes: Any, ranked: Sequence[RankedLayer], rank_by: RankBy)
     kept_blocks, kept_types = np.nonzero(~quantized_mask(ranked))
     axes.plot(kept_blocks, kept_types, "o", color="white", mec="black", ms=5, ls="", label="kept in BF16")
     axes.set_yticks(range(len(LINEARS)), [name.split(".")[1] for name in LINEARS])
+    axes.set_xticks(range(0, num_layers, math.ceil(num_layers / 32)))
     axes.set_xlabel("block")
-    axes.legend(loc="upper right", fontsize=7)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=7)
     what = "total gradient error, squared" if rank_by is RankBy.GRADIENT else "loss gap"
     figure.colorbar(image, ax=axes, label=f"% of {what}")
 
