@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.sensitivity import inputs, report
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
       OSError: a folder that cannot be written.
     """
     options = _parse(arguments)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is only read
     options.out.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     start = time.perf_counter()
