@@ -41,6 +41,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.health.command",
         "run",
     ),
+    "sensitivity": Subcommand(
+        "which linear layers FP4 hurts most, and a policy file that spares them",
+        "fp4jax.analysis.sensitivity.command",
+        "main",
+    ),
 }
 
 

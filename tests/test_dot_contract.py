@@ -275,8 +275,8 @@ def test_values_in_every_shape(name):
         for got, tensor in zip(contract.jit(quantized)(x, w, g, KEY), exact(x, w, g), strict=True):
             assert got.shape == tensor.shape and got.dtype == tensor.dtype
             error = np.linalg.norm(got - tensor) / np.linalg.norm(tensor)
-            # Stochastic rounding of noise alone, and in averis of its mean too, costs up to 0.5; of one token, which metis
-            # splits off whole and rounds as two factors, as much as the token.
+            # Stochastic rounding of noise alone, and in averis of its mean too, costs up to 0.5; of one token, which
+            # metis splits off whole and rounds as two factors, as much as the token.
             bound = 1.1 if name.startswith("metis") else max(0.6, 1.2 * worst(name))
             assert error < (1e-6 if recipe(name).is_high_precision else bound)
 
