@@ -104,7 +104,7 @@ def block_scales(subject: Subject) -> str:
     for x in _matrices():
         scales = _with_codes(subject(x)).scales
         peaks = np.abs(x).reshape(len(x), -1, BLOCK).max(axis=-1)
-        factor = np.float32(NVFP4.range) / np.abs(x).max() * NVFP4.inverse_element_max
+        factor = np.float32(NVFP4.range) / np.abs(x).max() * NVFP4.inverse_peak
         expected = np.minimum(peaks * factor, np.float32(NVFP4.scale.max)).astype(ml_dtypes.float8_e4m3fn)
         wrong = np.argwhere(scales != expected.view(np.uint8))
         if len(wrong):

@@ -83,7 +83,7 @@ def test_no_logit_depends_on_a_later_token():
         m = nnx.merge(graphdef, state)
         rope = models.qwen3.rotary_angles(x.shape[1], TINY.head_dim, TINY.rope_theta)
         for segment in m.segments:
-            x = m._scan(x, rope, segment, None, None)
+            x = m._scan(x, rope, segment, None, None, None)
         return m.norm(x)[0, position].sum()
 
     gradient = jax.grad(logits_at, argnums=1)(10, embedded)

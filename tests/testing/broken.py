@@ -42,7 +42,7 @@ def emulate(element=to_nearest, *, block=16, tensor_scale=True, zero_guard=True,
         encode = jnp.minimum(NVFP4.range / amax, FLT_MAX) if zero_guard else NVFP4.range / amax
         encode = encode if tensor_scale else jnp.float32(1)
         peak = jnp.max(jnp.abs(blocks), axis=1, keepdims=True)
-        wanted = jnp.minimum(peak * (encode * NVFP4.inverse_element_max), 448.0)
+        wanted = jnp.minimum(peak * (encode * NVFP4.inverse_peak), 448.0)
         byte = rounding.encode_scale(jnp.maximum(wanted, smallest), NVFP4.scale)
         scale = rounding.decode_scale(byte, NVFP4.scale)
         q = element(blocks * jnp.minimum(1 / (scale * (1 / encode)), FLT_MAX), *key)

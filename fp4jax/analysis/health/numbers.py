@@ -52,7 +52,7 @@ def load_health(workdir: str | Path) -> Health:
     def column(table: dict, ratio: str, operand: str) -> list[float]:
         missing = {linear: [None] * layers for linear, layers in linears.items()}
         rows = [table.get(f"{ratio}/{operand}/{linear}", missing[linear]) for linear in linears]
-        return [np.nan if value is None else value for values in rows for value in values]
+        return [np.nan if value is None else float(value) for values in rows for value in values]
 
     ratios = {
         ratio: {operand: np.array([column(table, ratio, operand) for table in tables]).T for operand in operands}

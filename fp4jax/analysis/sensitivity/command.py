@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import platform
 import sys
 import time
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.sensitivity import inputs, report
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str]) -> None:
       OSError: a folder that cannot be written.
     """
     options = _parse(arguments)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that a checkpoint opened to be read is only read
+    # Orbax warns, through absl, that a checkpoint opened to be read is only read.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     options.out.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     start = time.perf_counter()
