@@ -37,11 +37,11 @@ def contract_features(
     )
     result = product(lhs.residual)
     if lhs.mean is not None:
-        row = product(lhs.mean, one_row=True)
+        row = product(lhs.mean, few_rows=True)
         result = result + (row if row_mask is None else jnp.where(row_mask[..., None], row, 0.0))
     if lhs.low_rank is not None:
         left, right = low_rank_factors_of(lhs.low_rank, batch_dims)
-        result = result + _exact(left, product(right), ((left.ndim - 1,), (batch_dims,)), batch_dims)
+        result = result + _exact(left, product(right, few_rows=True), ((left.ndim - 1,), (batch_dims,)), batch_dims)
     return result
 
 
@@ -87,18 +87,18 @@ def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_m
     return result
 
 
-def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, dtype, precision, one_row=False):
+def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, dtype, precision, few_rows=False):
     """[*batch, *rows, features] × W or, for `rhs_axis` -1, Wᵀ."""
-    if one_row and not isinstance(rows, QTensor):
-        # Its cost is nothing, so a mean in high precision is multiplied in full float32 on every backend.
+    if few_rows and not isinstance(rows, QTensor):
+        # They cost little: a mean in high precision, or a factor, is multiplied in full float32 on every backend.
         precision = lax.Precision.HIGHEST
-    product = functools.partial(_product, batch_dims=batch_dims, dtype=dtype, precision=precision)
-    result = product(rows, weights.residual, rhs_axis)
+    product = functools.partial(_product, batch_dims=batch_dims, dtype=dtype)
+    result = product(rows, weights.residual, rhs_axis, precision=precision)
     if weights.low_rank is None:
         return result
     left, right = low_rank_factors_of(weights.low_rank, batch_dims)  # W = left · right
     first, second = (left, right) if rhs_axis == -2 else (right, left)
-    inner = product(rows, first, rhs_axis)
+    inner = product(rows, first, rhs_axis, precision=lax.Precision.HIGHEST)
     return result + _exact(inner, second, ((inner.ndim - 1,), (batch_dims + rhs_axis + 2,)), batch_dims)
 
 
