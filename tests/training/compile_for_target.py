@@ -49,7 +49,7 @@ def tiny_config(recipe: str) -> ml_collections.ConfigDict:
 
 
 def target_mesh(target: str) -> Mesh:
-    """All devices of a TPU topology, half of them for data parallelism the parameters; or one GPU."""
+    """All devices of a TPU topology, as data × fsdp; or one GPU."""
     jax.devices()  # registers the plug-ins
     if target.endswith(".txtpb"):
         topology = topologies.get_topology_desc(
