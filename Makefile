@@ -32,14 +32,15 @@ test: $(INSTALLED) ## the quick tests, on the CPU (ARGS="-k dot" for a few)
 test-slow: $(INSTALLED) ## only the slow tests, on the CPU
 	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -n 2 -m "slow and not gpu and not peer" $(ARGS)
 
-.venv-cuda/.installed: requirements.txt requirements-test.txt $(INSTALLED)
-	$(PYTHON_VENV) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt \
-		"jax[cuda13]==$$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' requirements.txt)"
+.venv-compile/.installed: requirements.txt requirements-test.txt $(INSTALLED)
+	$(PYTHON_VENV) -m venv .venv-compile
+	.venv-compile/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt \
+		"jax[cuda13,tpu]==$$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' requirements.txt)"
 	@touch $@
 
-test-compile: .venv-cuda/.installed ## compile the GPU kernels for sm_90a, on any machine (installs 4.4 GB beside .venv)
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -m slow tests/pallas_kernels/quantize/test_compile.py $(ARGS)
+test-compile: .venv-compile/.installed ## compile every recipe and kernel for TPU and GPU, on any machine (installs 5.6 GB beside .venv)
+	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -m slow tests/pallas_kernels/quantize/test_compile.py \
+		tests/training/test_compile_targets.py $(ARGS)
 
 .venv-peer/.installed: requirements-peer.txt requirements-peer-no-deps.txt scripts/setup_peer.sh $(INSTALLED)
 	@scripts/setup_peer.sh
@@ -61,4 +62,4 @@ format: $(INSTALLED) ## ruff: mend what it can
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -250,7 +250,8 @@ def _preparation(recipe: Recipe, batch_dims: int, quantizer: Quantizer):
 def _fprop(spec: _Spec):
     def stage(unused, w, x, words, mask):
         del unused, words
-        y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.gemm_dtype, spec.precision, mask)
+        with jax.named_scope("fprop"):
+            y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.gemm_dtype, spec.precision, mask)
         return (y.astype(spec.dtype),)
 
     return vmappable(stage, spec.batch_dims, lambda dims: _fprop(spec.with_batch_dims(dims)), per_token=(True,))
@@ -262,12 +263,15 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
         recipe, batch_dims = spec.recipe, spec.batch_dims
         d = mask_rows(d, mask)
         dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
-        dx = gemms.contract_features(dq.forward, w, -1, batch_dims, spec.gemm_dtype, spec.precision, mask)
+        how = (spec.gemm_dtype, spec.precision, mask)
 
         def contract(x, d_part):
-            return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, spec.gemm_dtype, spec.precision, mask)
+            return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, *how)
 
-        dw = contract(x, dq.backward)
+        with jax.named_scope("dgrad"):
+            dx = gemms.contract_features(dq.forward, w, -1, batch_dims, *how)
+        with jax.named_scope("wgrad"):
+            dw = contract(x, dq.backward)
         statistics = None
         if with_statistics:
             statistics = gradient_statistics(d, dq, x, dw, contract, recipe, batch_dims, mask)

@@ -25,6 +25,8 @@ from fp4jax.numerics import QTensor, row_count
 from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
+PRODUCT_SCOPES = ("high_precision_product", "half_quantized_product", "quantized_product")
+
 
 def contract_features(
     lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, dtype, precision, row_mask
@@ -35,11 +37,11 @@ def contract_features(
     )
     result = product(lhs.residual)
     if lhs.mean is not None:
-        row = product(lhs.mean, one_row=True)
+        row = product(lhs.mean, few_rows=True)
         result = result + (row if row_mask is None else jnp.where(row_mask[..., None], row, 0.0))
     if lhs.low_rank is not None:
         left, right = low_rank_factors_of(lhs.low_rank, batch_dims)
-        result = result + _exact(left, product(right), ((left.ndim - 1,), (batch_dims,)), batch_dims)
+        result = result + _exact(left, product(right, few_rows=True), ((left.ndim - 1,), (batch_dims,)), batch_dims)
     return result
 
 
@@ -85,18 +87,18 @@ def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_m
     return result
 
 
-def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, dtype, precision, one_row=False):
+def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, dtype, precision, few_rows=False):
     """[*batch, *rows, features] × W or, for `rhs_axis` -1, Wᵀ."""
-    if one_row and not isinstance(rows, QTensor):
-        # Its cost is nothing, so a mean in high precision is multiplied in full float32 on every backend.
+    if few_rows and not isinstance(rows, QTensor):
+        # They cost little: a mean in high precision, or a factor, is multiplied in full float32 on every backend.
         precision = lax.Precision.HIGHEST
-    product = functools.partial(_product, batch_dims=batch_dims, dtype=dtype, precision=precision)
-    result = product(rows, weights.residual, rhs_axis)
+    product = functools.partial(_product, batch_dims=batch_dims, dtype=dtype)
+    result = product(rows, weights.residual, rhs_axis, precision=precision)
     if weights.low_rank is None:
         return result
     left, right = low_rank_factors_of(weights.low_rank, batch_dims)  # W = left · right
     first, second = (left, right) if rhs_axis == -2 else (right, left)
-    inner = product(rows, first, rhs_axis)
+    inner = product(rows, first, rhs_axis, precision=lax.Precision.HIGHEST)
     return result + _exact(inner, second, ((inner.ndim - 1,), (batch_dims + rhs_axis + 2,)), batch_dims)
 
 
@@ -117,13 +119,14 @@ def _over_tokens(lhs, rhs, *, rank, batch_dims, dtype, precision):
     lhs_values, lhs_scale = _operand(lhs, tokens, -2, dtype)
     rhs_values, rhs_scale = _operand(rhs, tokens, -2, dtype)
     lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -2, -2)
-    result = lax.dot_general(
-        lhs_values,
-        rhs_values,
-        ((tokens, tokens), (batch, batch)),
-        precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
-        preferred_element_type=_accumulator(lhs_values),
-    )
+    with _scope_of(lhs, rhs):
+        result = lax.dot_general(
+            lhs_values,
+            rhs_values,
+            ((tokens, tokens), (batch, batch)),
+            precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
+            preferred_element_type=_accumulator(lhs_values),
+        )
     if lhs_scale is not None:
         scale = lhs_scale.reshape(*lhs_scale.shape[:batch_dims], lhs_scale.shape[-1])
         result = result * scale[..., :, None]
@@ -140,19 +143,25 @@ def _product(lhs, rhs, rhs_axis, *, batch_dims, dtype, precision):
     lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -1, rhs_axis)
     batch = tuple(range(batch_dims))
     dimension_numbers = (((lhs_values.ndim - 1,), (rhs_values.ndim + rhs_axis,)), (batch, batch))
-    result = lax.dot_general(
-        lhs_values,
-        rhs_values,
-        dimension_numbers,
-        precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
-        preferred_element_type=_accumulator(lhs_values),
-    )
+    with _scope_of(lhs, rhs):
+        result = lax.dot_general(
+            lhs_values,
+            rhs_values,
+            dimension_numbers,
+            precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
+            preferred_element_type=_accumulator(lhs_values),
+        )
     if lhs_scale is not None:
         result = result * lhs_scale
     if rhs_scale is not None:
         scale = rhs_scale.squeeze(rhs_axis)
         result = result * scale.reshape(*scale.shape[:-1], *[1] * (result.ndim - scale.ndim), scale.shape[-1])
     return result
+
+
+def _scope_of(lhs, rhs):
+    """The name of a product in profiles and compiled programs, by its number of quantized operands."""
+    return jax.named_scope(PRODUCT_SCOPES[isinstance(lhs, QTensor) + isinstance(rhs, QTensor)])
 
 
 def _precision_of(lhs, lhs_scale, rhs, rhs_scale, precision):
@@ -210,10 +219,13 @@ def _pad_to(x, axis, size):
 def emulation_dtype() -> jnp.dtype:
     """What quantized values are multiplied in: bfloat16 where the device has units for it, float32 elsewhere.
 
-    Both give the same result up to the order of additions. CPUs are judged by their instruction set and not by a
+    Both give the same result up to the order of additions. The device is that of the ambient mesh, which may be one
+    that is only compiled for; without a mesh the default one. CPUs are judged by their instruction set and not by a
     measurement, so that the same machine repeats the same run bit for bit.
     """
-    units = {"cpu": _cpu_has_bfloat16_units}.get(jax.default_backend(), lambda: True)
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if of_mesh is None else of_mesh.platform
+    units = {"cpu": _cpu_has_bfloat16_units}.get(platform, lambda: True)
     return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
 
 
