@@ -169,10 +169,10 @@ def _precision_of(lhs, lhs_scale, rhs, rhs_scale, precision):
 
     Those with a float32 scale folded in are neither, and are multiplied in full float32.
     """
-    if not (isinstance(lhs, QTensor) and isinstance(rhs, QTensor)):
-        return precision
-    folded = any(q.amax is not None and scale is None for q, scale in ((lhs, lhs_scale), (rhs, rhs_scale)))
-    return lax.Precision.HIGHEST if folded else None
+    quantized = [(q, scale) for q, scale in ((lhs, lhs_scale), (rhs, rhs_scale)) if isinstance(q, QTensor)]
+    if any(q.amax is not None and scale is None for q, scale in quantized):
+        return lax.Precision.HIGHEST
+    return None if len(quantized) == 2 else precision
 
 
 def _accumulator(values):

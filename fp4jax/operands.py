@@ -149,13 +149,14 @@ class _Context:
             scale_words=fold(stream, bits.SCALES) if stochastic_scales else None,
         )  # fmt: skip
 
-    def signs(self, operand: Operand, slot: str, rank: int, axis: int):
-        """Fresh signs for a transform along `axis`, with size 1 on the other axes."""
+    def signs(self, operand: Operand, slot: str, shape: tuple[int, ...], axis: int):
+        """Fresh signs for a transform of an array of `shape` along `axis`: one set, repeated over the batch axes."""
         if not operand.fresh_signs:
             return None
-        shape = [1] * rank
-        shape[axis] = operand.hadamard
-        return bits.signs(self.stream(slot), operand.hadamard).reshape(shape)
+        unit = [1] * len(shape)
+        unit[axis] = operand.hadamard
+        signs = bits.signs(self.stream(slot), operand.hadamard).reshape(unit)
+        return jnp.broadcast_to(signs, (*shape[: self.batch_dims], *unit[self.batch_dims :]))
 
 
 def prepare_tokens(
@@ -181,7 +182,7 @@ def prepare_tokens(
     if by_tokens.draws and words is None:
         return Prepared(forward, None)
     if slots is X_SLOTS:
-        token_signs = context.signs(by_tokens, "signs.x", x.ndim, -2)
+        token_signs = context.signs(by_tokens, "signs.x", x.shape, -2)
     backward = _backward_part(
         forward, rest if by_tokens.split else whole, split, by_tokens, slots.tokens, -2, context, token_signs
     )
@@ -199,11 +200,12 @@ def prepare_weights(w, recipe: Recipe, batch_dims: int, words, quantizer: Quanti
     by_inputs, by_outputs = recipe.fprop.rhs, recipe.dgrad.rhs
     split, rest = _split(w, by_inputs.split or by_outputs.split, context, "w", None)
     forward = _part(rest if by_inputs.split else w, split, by_inputs, "fprop.w", -2, context, None)
-    if by_inputs == by_outputs and by_inputs.block and by_inputs.rounding is Rounding.NEAREST:
+    nearest = by_inputs.rounding is Rounding.NEAREST
+    if by_inputs == by_outputs and by_inputs.block and nearest and not by_inputs.hadamard:
         return Prepared(forward, forward)  # square blocks: W and its transpose are the same values
     if by_outputs.draws and words is None:
         return Prepared(forward, None)
-    signs = context.signs(by_outputs, "signs.w", w.ndim, -1)
+    signs = context.signs(by_outputs, "signs.w", w.shape, -1)
     rows = rest if by_outputs.split else w
     return Prepared(forward, _backward_part(forward, rows, split, by_outputs, "dgrad.w", -1, context, signs))
 
@@ -283,7 +285,10 @@ def exact_low_rank(x: Float32[Array, "..."], split: LowRankSplit, batch_dims: in
     rows = math.prod(x.shape[batch_dims:-1])
     rank = max(1, round(split.rank_fraction * min(rows, x.shape[-1])))
     left, right = low_rank_factors(x, rank, batch_dims, split.iterations)
-    scale = jnp.sqrt(jnp.sum(jnp.square(left), axis=tuple(range(batch_dims, x.ndim - 1)), keepdims=True))
+    rows_axes = tuple(range(batch_dims, x.ndim - 1))
+    largest = jnp.max(jnp.abs(left), axis=rows_axes, keepdims=True)  # squares of x itself could over- or underflow
+    unit = left / jnp.where(largest > 0, largest, 1.0)
+    scale = largest * jnp.sqrt(jnp.sum(jnp.square(unit), axis=rows_axes, keepdims=True))
     right = right.reshape(*right.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 2), *right.shape[batch_dims:])
     return LowRank(left / jnp.where(scale > 0, scale, 1.0), scale, right)
 

@@ -47,6 +47,13 @@ class MeanSplit:
     mean: "Operand"
     axes: MeanAxes = MeanAxes.BATCH
 
+    def __post_init__(self):
+        mean = self.mean
+        if mean.split or mean.hadamard or mean.block or mean.source is not Source.ORIGINAL:
+            raise ValueError("a mean has neither a split, a transform nor square blocks, and is made from the original")
+        if self.center is Center.QUANTIZED_MEAN and mean.format is None:
+            raise ValueError("a quantized mean as centre needs a format for the mean")
+
     @property
     def draws(self) -> bool:
         return self.mean.draws
@@ -79,7 +86,9 @@ class LowRankSplit:
     def __post_init__(self):
         if not 0 < self.rank_fraction <= 1:
             raise ValueError(f"rank_fraction must be in (0, 1], got {self.rank_fraction}")
-        if self.factor.split or self.factor.hadamard or self.factor.block:
+        if self.iterations not in (1, 2):
+            raise ValueError(f"iterations must be 1 or 2, got {self.iterations}")
+        if self.factor.split or self.factor.hadamard or self.factor.block or self.factor.source is not Source.ORIGINAL:
             raise ValueError("the factors of a low-rank split have neither a split, a transform nor square blocks")
 
     @property
@@ -100,7 +109,7 @@ class Operand:
     """How one operand of one GEMM is prepared: split, then transform, then quantize.
 
     Attributes:
-      format: None keeps the operand in the precision it comes in.
+      format: None keeps the operand in the precision it comes in (a Hadamard transform rounds it to bfloat16).
       block: None for blocks along the contraction axis; (16, 16) for square blocks.
       rounding: of the elements.
       hadamard: width of the Hadamard transform along the contraction axis, 16 or 128, or None.
@@ -135,6 +144,10 @@ class Operand:
             check_options(self.format, self.block, self.candidates, self.scale_rounding, self.correction)
         elif self.block or self.rounding is not Rounding.NEAREST or self.candidates or self.correction:
             raise ValueError("an operand without a format has neither blocks nor rounding")
+        elif self.scale_rounding:
+            raise ValueError("an operand without a format has no block scales to round")
+        if self.correction and (self.correction != self.hadamard or self.rounding is not Rounding.NEAREST):
+            raise ValueError("a correction is that of rounding to nearest under a Hadamard transform of its width")
 
     @property
     def draws(self) -> bool:
@@ -220,8 +233,16 @@ class Recipe:
             if self.slots[slot].source is not Source.ORIGINAL:
                 raise ValueError(f"recipe {self.name}: {slot} has no earlier copy to be made from")
         for forward, backward in ((self.fprop.lhs, self.wgrad.lhs), (self.fprop.rhs, self.dgrad.rhs)):
-            if backward.source is Source.QUANTIZED and not backward.is_copy and forward.split != backward.split:
+            if backward.source is not Source.QUANTIZED:
+                continue
+            if forward.hadamard:
+                raise ValueError(f"recipe {self.name}: the forward's copy is transformed, nothing else is made from it")
+            if not backward.is_copy and forward.split != backward.split:
                 raise ValueError(f"recipe {self.name}: an operand made from the forward's copy has the forward's split")
+        if self.wgrad.lhs.is_copy and isinstance(self.fprop.lhs.split, MeanSplit):
+            raise ValueError(
+                f"recipe {self.name}: wgrad needs a mean-split X in blocks of its own, not the forward's copy"
+            )
 
     def _check_splits(self):
         w = [operand.split for operand in (self.fprop.rhs, self.dgrad.rhs) if operand.split]

@@ -205,7 +205,8 @@ def _on_means(recipe: Recipe, change: Callable[[MeanSplit], MeanSplit]) -> Recip
         raise ValueError(f"recipe {recipe.name} splits no mean off")
 
     def apply(slot, operand):
-        return dataclasses.replace(operand, split=change(operand.split)) if operand.split else operand
+        is_mean = isinstance(operand.split, MeanSplit)
+        return dataclasses.replace(operand, split=change(operand.split)) if is_mean else operand
 
     return recipe.map_operands(apply)
 

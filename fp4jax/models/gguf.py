@@ -49,15 +49,19 @@ def read_config(file: GGUFFile, dtype: str) -> LlamaConfig:
     }
     problems = [f"no {key!r}" for key in sizes.values() if key not in file]
     problems += [f"no tensor {_EMBEDDING!r}"] * (_EMBEDDING not in file.shapes)
-    problems += [f"unsupported {key!r}" for key in ("llama.rope.scaling.type", "llama.expert_count") if key in file]
+    unsupported = ("llama.rope.scaling.type", "llama.rope.scale_linear", "llama.expert_count")
+    problems += [f"unsupported {key!r}" for key in unsupported if key in file]
     _raise_problems(file, problems)
     values = {name: file[key] for name, key in sizes.items()}
     heads = values["num_heads"]
+    head_dim = _optional(file, "llama.attention.key_length", values["hidden_size"] // heads)
+    rotated = _optional(file, "llama.rope.dimension_count", head_dim)
+    _raise_problems(file, [f"rotary positions on {rotated} of {head_dim} dimensions"] * (rotated != head_dim))
     try:
         return LlamaConfig(
             **values,
             num_kv_heads=_optional(file, "llama.attention.head_count_kv", heads),
-            head_dim=_optional(file, "llama.attention.key_length", values["hidden_size"] // heads),
+            head_dim=head_dim,
             vocab_size=file.shapes[_EMBEDDING][0],
             tie_embeddings=_HEAD not in file.shapes,
             dtype=dtype,

@@ -48,7 +48,10 @@ def low_rank_factors(
 
 
 def _sample(x, batch_dims: int):
-    """[*batch, at most about SAMPLED_ROWS, features]: every n-th row along the last axis of rows."""
+    """[*batch, sampled rows, features]: every n-th row along the last axis of rows, about SAMPLED_ROWS in all.
+
+    Where that axis is shorter than n one row of it is taken: other axes are never sampled.
+    """
     rows = 1
     for size in x.shape[batch_dims:-1]:
         rows *= size

@@ -47,7 +47,8 @@ def quantize(
       key: a JAX random key, where elements or scales are rounded stochastically, and only there.
       batch_dims: leading axes that count independent matrices, each with its own tensor scale.
       candidates: what the largest magnitude of a block may become in units of its scale; the one with the smallest
-        squared error is taken, the last of equals: (4.0, 6.0) is four-over-six (arXiv 2512.02010; needs NVFP4_256).
+        squared error is taken, the first of equals: (6.0, 4.0) is four-over-six (arXiv 2512.02010; needs NVFP4_256).
+        Errors are sums of squares in units of x, as TransformerEngine's: they underflow for data near 2^-60.
       scale_rounding: of the block scales; None for the format's own.
       correction: rescale groups of so many elements along `axis` to x·x / x·q (EDEN, arXiv 2601.22813), before the
         scales are rounded a second time.

@@ -25,7 +25,7 @@ def zero(subject: Subject) -> str:
     for what, array in (("zeros", x), ("a zero block beside others", beside)):
         for how, out in _both(subject, array):
             if out.values[1:].any() or (array is x and out.values.any()):
-                raise Violation(f"{what} ({how}) came out as {out.values[np.nonzero(out.values[1:])][:1]}")
+                raise Violation(f"{what} ({how}) came out as {out.values[out.values != 0][-1]:.3g}")
             if out.scales is not None and out.scales[1:].any():
                 raise Violation(f"{what} ({how}) has the scale byte {out.scales[1:].max()}, expected 0")
     return "a zero tensor, and zero blocks beside others"

@@ -19,6 +19,7 @@ from fp4jax.config import default_config
 from fp4jax.data.held_out import held_out_text
 from fp4jax.models.pretrained import LoadedModel, load_parameters
 from fp4jax.recipes import list_recipes, recipe
+from fp4jax.training.compilation import enable_compilation_cache
 
 # What is quantized → how a recipe's name says so.
 MODES = {"weights and activations": "{}", "activations": "{}+w_bf16"}
@@ -35,17 +36,17 @@ def main(arguments: Sequence[str]) -> None:
       OSError: a folder that cannot be written.
     """
     options = _parse(arguments)
+    enable_compilation_cache()
     loaded = load_parameters(options.model, dtype="float32")
     batches = _batches(loaded, options)
     record = _open(options.out / FILE, _settings(options, batches))
-    for mode, pattern in MODES.items():
-        names = [pattern.format(name) for name in options.recipes if _has_quantized(name, mode)]
-        missing = [name for name in names if name not in record["measurements"]]
-        if missing:
-            for found in measure(loaded, batches, missing, options.seeds, not options.no_gradients):
-                record["measurements"][found.recipe] = [dataclasses.asdict(sample) for sample in found.samples]
-                (options.out / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                print(render(f"measured ({mode})", [found]).splitlines()[-1], flush=True)
+    names = [p.format(name) for mode, p in MODES.items() for name in options.recipes if _has_quantized(name, mode)]
+    missing = [name for name in names if not _is_measured(record, name)]
+    for found in measure(loaded, batches, missing, options.seeds, not options.no_gradients) if missing else ():
+        samples = [dataclasses.asdict(sample) for sample in found.samples]
+        record["measurements"][found.recipe] = {"recipe": str(recipe(found.recipe)), "samples": samples}
+        (options.out / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(render("measured", [found]).splitlines()[-1], flush=True)
     groups = {mode: _read(record, pattern, options.recipes) for mode, pattern in MODES.items()}
     for mode, measurements in groups.items():
         print("\n" + render(f"{options.model}, {mode} quantized in all linear layers of the blocks", measurements))
@@ -102,6 +103,8 @@ def _settings(options: Any, batches: np.ndarray) -> dict:
         "seeds": options.seeds,
         "gradients": not options.no_gradients,
         "text": "validation split of the embedded corpus",
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "jax": jax.__version__,
     }
 
 
@@ -114,14 +117,18 @@ def _open(path: Path, settings: dict) -> dict:
                 f"{path} holds measurements with {record['settings']}, asked for {settings}: use another --out"
             )
         return record
-    device = f"{jax.devices()[0].device_kind}, {platform.machine()}"
-    return {"settings": settings, "device": device, "jax": jax.__version__, "measurements": {}}
+    return {"settings": settings, "measurements": {}}
+
+
+def _is_measured(record: Mapping, name: str) -> bool:
+    """Whether the record has this recipe as it is now."""
+    return record["measurements"].get(name, {}).get("recipe") == str(recipe(name))
 
 
 def _read(record: Mapping, pattern: str, recipes: Sequence[str]) -> list[Measurement]:
     found = record["measurements"]
     return [
-        Measurement(name, tuple(Sample(**sample) for sample in found[pattern.format(name)]))
+        Measurement(name, tuple(Sample(**sample) for sample in found[pattern.format(name)]["samples"]))
         for name in recipes
         if pattern.format(name) in found
     ]

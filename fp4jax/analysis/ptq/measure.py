@@ -88,8 +88,9 @@ def measure(
 
     Args:
       batches: token ids; the last T of each row are predicted.
-      with_gradients: also compare weight gradients; takes about three times as long, and keeps one gradient in float32
-        for each batch.
+      with_gradients: also compare weight gradients; takes about three times as long.
+
+    Kept for each batch: its log-probabilities and, with gradients, one gradient, in float32.
 
     Raises:
       ValueError: an unknown recipe, no recipes, seeds or batches.
@@ -99,18 +100,15 @@ def measure(
             f"got {len(batches)} batches, {len(recipes)} recipes, {len(seeds)} seeds: one of each is needed"
         )
     recipes = [as_recipe(recipe) for recipe in recipes]
-    exact = functools.cache(lambda i: _exact(loaded, batches[i], with_gradients))
+    evaluate, arrays = _evaluation(loaded, as_recipe("bf16"), with_gradients)
+    evaluate = jax.jit(evaluate)
+    exact = functools.cache(lambda i: evaluate(arrays, jnp.asarray(batches[i]), None))
     for recipe in recipes:
         program, samples = _comparison(loaded, recipe, with_gradients), []
         for i, batch in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(seeds[i % len(seeds)]), i)
             samples.append(_sample(program(jnp.asarray(batch), key, exact(i)), exact(i), with_gradients))
         yield Measurement(recipe.name, tuple(samples))
-
-
-def _exact(loaded: LoadedModel, batch, with_gradients: bool) -> Exact:
-    evaluate, arrays = _evaluation(loaded, as_recipe("bf16"), with_gradients)
-    return jax.block_until_ready(jax.jit(evaluate)(arrays, jnp.asarray(batch), None))
 
 
 def _comparison(loaded: LoadedModel, recipe: Recipe, with_gradients: bool):
