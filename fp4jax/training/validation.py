@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import ml_collections
 
+from fp4jax import models
 from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
 from fp4jax.config import default_config, validate
 from fp4jax.data.pipeline import open_dataset
@@ -69,6 +70,8 @@ def evaluate_workdir(
     step, saved = found
     trained_with = _recipe_at(saved, step)
     config = _evaluation_config(saved, trained_with if recipe_name is None else recipe_name, batches)
+    if recipe_name is not None:
+        _check_policy_follows(config)
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
     template = model_template(config)
@@ -101,6 +104,15 @@ def _evaluation_config(saved: dict, recipe_name: str, batches: int | None) -> ml
     config.mesh = {"data": math.gcd(config.batch_size, jax.device_count()), "fsdp": 1, "tensor": 1}
     validate(config, jax.device_count())
     return config
+
+
+def _check_policy_follows(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError if the policy gives layers a recipe of its own, whatever the one asked for."""
+    others = {recipe.name for recipe in models.linear_recipes(config).values()} - {config.recipe, "bf16"}
+    if others:
+        raise ValueError(
+            f"the run's policy gives layers {', '.join(sorted(others))} whatever --recipe says: evaluate without it"
+        )
 
 
 def _recipe_at(saved: dict, step: int) -> str:
