@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.special import betaincinv
+from scipy.special import betainc, betaincinv
 from scipy.stats import binom
 
 from fp4jax.analysis.geometry import ranges
@@ -32,7 +32,7 @@ from fp4jax.analysis.geometry.relu import (
 )
 from fp4jax.analysis.geometry.ternary import ternary_correlation, ternary_scale
 
-_QUANTILES = 64  # midpoints of the Beta distribution
+_BINS = 64  # of equal probability, for the Beta distribution
 
 
 def flipped_shares(p: float, n: int) -> tuple[Float64[np.ndarray, " points"], Float64[np.ndarray, " points"]]:
@@ -45,12 +45,13 @@ def flipped_shares(p: float, n: int) -> tuple[Float64[np.ndarray, " points"], Fl
     low, high = (int(binom.ppf(q, n, p)) for q in (1e-12, 1.0 - 1e-12))
     counts = np.arange(max(low, 0), min(high, n - 1) + 1)
     probabilities = binom.pmf(counts, n, p)
-    levels = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
-    shares = np.zeros((len(counts), _QUANTILES))
+    shares = np.zeros((len(counts), _BINS))
     some = counts > 0
-    k = counts[some, None]
-    shares[some] = betaincinv(k / 2.0, (n - k) / 2.0, levels[None, :])
-    weights = np.repeat(probabilities / probabilities.sum(), _QUANTILES) / _QUANTILES
+    a, b = counts[some, None] / 2.0, (n - counts[some, None]) / 2.0
+    edges = betaincinv(a, b, np.arange(_BINS + 1) / _BINS)
+    # The mean over a bin of equal probability: E[S; S < e] = E[S] times the distribution function of Beta(a + 1, b).
+    shares[some] = _BINS * np.diff(a / (a + b) * betainc(a + 1.0, b, edges), axis=1)
+    weights = np.repeat(probabilities / probabilities.sum(), _BINS) / _BINS
     return shares.ravel(), weights
 
 
