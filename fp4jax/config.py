@@ -62,7 +62,9 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def _model() -> dict:
-    """A Qwen3: `dtype` is the activations' (parameters are float32), `remat` what the backward recomputes."""
+    """`name`: "qwen3", or "llama", which lacks the norms of query and key heads. `dtype` is the activations'
+    (parameters are float32), `remat` what the backward recomputes.
+    """
     return {
         "name": "qwen3",
         "vocab_size": 4096,
@@ -100,8 +102,8 @@ def _optimizer() -> dict:
 
 def _data() -> dict:
     """`source`: "embedded" (State of the Union), a folder or a glob of `.jsonl.zst` shards; `tokenizer`: "embedded"
-    (4096 tokens), "qwen3" or the path of a `tokenizer.json`; `validation_fraction`: of the documents;
-    `max_bad_fraction`: of the lines that may be unreadable; `prefetch`: batches made ahead.
+    (4096 tokens), "qwen3", "smollm2-135m" or the path of a `tokenizer.json` or `.gguf` file; `validation_fraction`:
+    of the documents; `max_bad_fraction`: of the lines that may be unreadable; `prefetch`: batches made ahead.
     """
     return {
         "source": "embedded",

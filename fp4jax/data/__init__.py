@@ -12,7 +12,7 @@ from fp4jax.data.shards import find_shards
 # documents: the texts in the lines, the count of lines without one, and the split by document.
 from fp4jax.data.documents import BadLines, Document, read_documents, split_of
 
-# tokenizers: "embedded", "qwen3", or the path of a tokenizer.json.
+# tokenizers: "embedded", "qwen3", "smollm2-135m", or the path of a tokenizer.json or .gguf file.
 from fp4jax.data.tokenizers import Tokenizer, load_tokenizer
 
 # packing: documents' tokens → one stream → rows of seq_len + 1 tokens.
@@ -25,6 +25,12 @@ from fp4jax.data.corpus import TokenizedCorpus
 # statistics: documents, tokens, rows, unigram entropy.
 from fp4jax.data.statistics import DatasetStats, unigram_entropy
 
+# gguf: a pretrained model's file, with the tokenizer inside it.
+from fp4jax.data.gguf import GGUFFile, find_gguf
+
+# held_out: rows of validation text for measurements on a model, in a fixed order.
+from fp4jax.data.held_out import HeldOutText, held_out_text
+
 # pipeline: the whole way. `open_dataset(config.data, seq_len=..., batch_size=..., seed=...).batches()`.
 from fp4jax.data.pipeline import Batch, BatchIterator, Dataset, open_dataset
 
@@ -36,11 +42,15 @@ __all__ = [
     "Dataset",
     "DatasetStats",
     "Document",
+    "GGUFFile",
+    "HeldOutText",
     "PackedRows",
     "TokenizedCorpus",
     "Tokenizer",
     "cache_folder",
+    "find_gguf",
     "find_shards",
+    "held_out_text",
     "load_tokenizer",
     "open_dataset",
     "read_documents",

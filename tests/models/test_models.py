@@ -29,6 +29,15 @@ def test_an_untied_head_counts_beside_the_embedding():
     assert models.parameter_counts(config) == (tied[0] + embedding, tied[1] + embedding)
 
 
+def test_a_llama_is_trained_like_any_model_and_lacks_the_norms_of_heads():
+    config = averis_tiny.get_config()
+    total, _ = models.parameter_counts(config)
+    config.model.name = "llama"
+    assert models.parameter_counts(config)[0] == total - 2 * config.model.num_layers * config.model.head_dim
+    model = nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0)))
+    assert isinstance(model, models.Llama) and model.config == models.LlamaConfig.from_config(config.model)
+
+
 def test_unknown_names_are_refused():
     for key, message in (("model.name", "unknown model 'x'"), ("recipe", "unknown recipe"), ("policy", "policy 'x'")):
         config = averis_tiny.get_config()
