@@ -7,6 +7,7 @@ A block has n inputs, n hidden units and n outputs, all weights Gaussian.
 - Sums over the n hidden units and the n outputs fluctuate. Their moments follow from those of one unit.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -35,6 +36,7 @@ from fp4jax.analysis.geometry.ternary import ternary_correlation, ternary_scale
 _BINS = 64  # of equal probability, for the Beta distribution
 
 
+@functools.lru_cache(maxsize=64)
 def flipped_shares(p: float, n: int) -> tuple[Float64[np.ndarray, " points"], Float64[np.ndarray, " points"]]:
     """Values of S and their probabilities, for sign flips at rate p of a Gaussian row of n weights.
 
@@ -52,7 +54,9 @@ def flipped_shares(p: float, n: int) -> tuple[Float64[np.ndarray, " points"], Fl
     # The mean over a bin of equal probability: E[S; S < e] = E[S] times the distribution function of Beta(a + 1, b).
     shares[some] = _BINS * np.diff(a / (a + b) * betainc(a + 1.0, b, edges), axis=1)
     weights = np.repeat(probabilities / probabilities.sum(), _BINS) / _BINS
-    return shares.ravel(), weights
+    shares = shares.ravel()
+    shares.flags.writeable = weights.flags.writeable = False  # they are kept for the next call
+    return shares, weights
 
 
 def over_flips(function: Callable[[Values], Values], p: float, n: int) -> float:
