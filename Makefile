@@ -7,7 +7,7 @@ PYTHON_VENV := .venv/bin/python
 INSTALLED   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models train test test-slow test-compile test-all lint format clean
+.PHONY: help setup models train test test-slow test-compile test-peer test-all lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,13 @@ test-slow: $(INSTALLED) ## only the slow tests, on the CPU
 
 test-compile: .venv-cuda/.installed ## compile the GPU kernels for sm_90a, on any machine (installs 4.4 GB beside .venv)
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -m slow tests/pallas_kernels/quantize/test_compile.py $(ARGS)
+
+.venv-peer/.installed: requirements-peer.txt requirements-peer-no-deps.txt scripts/setup_peer.sh $(INSTALLED)
+	@scripts/setup_peer.sh
+	@touch $@
+
+test-peer: .venv-peer/.installed ## bit for bit against Transformer Engine's NVFP4 reference (installs 1 GB beside .venv)
+	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -s -m peer tests/numerics/test_transformer_engine.py $(ARGS)
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)

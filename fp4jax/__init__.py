@@ -20,13 +20,20 @@ _DEFINED_IN = {
     "quantize": "fp4jax.numerics",
     "QTensor": "fp4jax.numerics",
     "Format": "fp4jax.numerics",
-    "NVFP4": "fp4jax.numerics",
+    **dict.fromkeys(
+        (
+            *("NVFP4", "NVFP4_256", "NVFP4_EDEN", "NVFP4_OUTER128", "NVFP4_VECTOR", "MXFP4", "MXFP8"),
+            *("FP8_E4M3", "FP8_E5M2", "INT8", "TERNARY", "SIGN"),
+        ),
+        "fp4jax.numerics",
+    ),
     # What happens to each operand of each GEMM, and which layer gets which recipe.
     "recipe": "fp4jax.recipes",
     "list_recipes": "fp4jax.recipes",
     "list_variants": "fp4jax.recipes",
     "Recipe": "fp4jax.recipes",
     "Policy": "fp4jax.policy",
+    "PolicyFile": "fp4jax.policy",
 }
 
 # Public modules, from the ground up.
@@ -40,6 +47,7 @@ _MODULES = (
     "policy",  # rules from layer path to recipe
     "models",  # Qwen3, Llama, pretrained weights
     "training",  # the training loop
+    "testing",  # is a quantizer NVFP4? laws and golden vectors for any callable
     "evaluation",  # the scores of a checkpoint
 )
 

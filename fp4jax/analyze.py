@@ -31,6 +31,16 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.geometry.command",
         "main",
     ),
+    "ptq": Subcommand(
+        "loss and weight gradients of a pretrained model under every recipe",
+        "fp4jax.analysis.ptq.command",
+        "main",
+    ),
+    "health": Subcommand(
+        "noise, underflow, bias and exact gradient of a run, by layer and step",
+        "fp4jax.analysis.health.command",
+        "run",
+    ),
 }
 
 

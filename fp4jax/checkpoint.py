@@ -23,10 +23,13 @@ IN_FLIGHT_GB = 1
 """GB of each item that are copied at a time while it is written or read (more where a single array is larger)."""
 
 MAY_CHANGE = (
-    *("steps", "log", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
+    *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
     *("data.prefetch", "data.max_bad_fraction", "model.remat"),
 )
 """Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
+
+MAX_SHOWN = 100
+"""Characters of a value that an error message shows."""
 
 STORAGE_TROUBLE = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|Permission denied|Read-only file system|"
@@ -51,7 +54,7 @@ def config_differences(saved: Mapping, current: Mapping | ml_collections.ConfigD
     after = flatten(current)
     differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return [
-        f"{key} {before.get(key)!r} → {after.get(key)!r}"
+        f"{key} {_short(before.get(key))} → {_short(after.get(key))}"
         for key in differing
         if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     ]
@@ -268,6 +271,12 @@ def _storage_errors(what: str, advice: Callable[[], str] = lambda: "; choose ano
             reason = found.group() if found else _one_line(error)
             raise StorageError(f"{what}: {reason}{advice()}") from error
         raise
+
+
+def _short(value: object) -> str:
+    """A value as the message of a difference shows it; a policy's rules can be long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _one_line(error: BaseException) -> str:

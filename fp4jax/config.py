@@ -29,7 +29,10 @@ def default_config() -> ml_collections.ConfigDict:
 
     Top level:
       recipe: name in `fp4jax.list_recipes()`, variants with `+` ("averis+nearest").
-      policy: which layer gets the recipe ("all_linear": every linear layer of the blocks, as in the paper).
+      policy: which layer gets the recipe: "all_linear" (every linear layer of the blocks, as in the paper), "nvidia"
+        (the first and last blocks in BF16), a policy file ("scan.json"), or rules as JSON ('[["mlp", "run"]]').
+      schedule: recipes by step, "bf16:1%,run:80%,run+fwd_bf16:100%": each with its end in percent of the steps or as a
+        step number, "run" for `recipe`; empty for `recipe` throughout.
       backend: how operands are quantized: "auto" (the best the device has), "xla" or "pallas".
       gemm: how quantized operands are multiplied: "auto", "native" (Blackwell) or "emulated".
       seed: initial weights, order of the data and every stochastic rounding.
@@ -42,6 +45,7 @@ def default_config() -> ml_collections.ConfigDict:
         {
             "recipe": "averis",
             "policy": "all_linear",
+            "schedule": "",
             "backend": "auto",
             "gemm": "auto",
             "seed": 0,
@@ -56,6 +60,7 @@ def default_config() -> ml_collections.ConfigDict:
             "checkpoint": _checkpoint(),
             "evaluation": _evaluation(),
             "log": _log(),
+            "health": _health(),
         }
     )
     return config.lock()
@@ -137,6 +142,15 @@ def _evaluation() -> dict:
 def _log() -> dict:
     """Metrics are written `every` so many steps; `progress` draws the progress bar on a terminal."""
     return {"every": 10, "progress": True}
+
+
+def _health() -> dict:
+    """Statistics of every quantized operand and the exact gradient's distance, `every` so many steps (0: never).
+
+    Such a step takes the time of about two more and the memory of two more gradients; the others, and the training
+    itself, are what they are without.
+    """
+    return {"every": 0}
 
 
 def flatten(config: Mapping | ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
@@ -248,7 +262,7 @@ POSITIVE = (
     *(f"model.{size}" for size in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")),
     *(f"model.{size}" for size in ("head_dim", "intermediate_size", "rope_theta", "rms_norm_eps", "init_std")),
 )
-NOT_NEGATIVE = ("seed", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches")
+NOT_NEGATIVE = ("seed", "health.every", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches")
 FRACTIONS = ("optimizer.end_learning_rate_fraction", "data.max_bad_fraction")
 OPEN_FRACTIONS = ("optimizer.b1", "optimizer.b2", "data.validation_fraction")
 CHOICES = {

@@ -26,7 +26,7 @@ from fp4jax import gemm as gemms
 from fp4jax.batching import once_differentiable, vary_alike, vmappable
 from fp4jax.canonical import canonicalize, check_canonical, check_operands, check_row_mask, result_type
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
-from fp4jax.numerics import key_words, mask_rows, quantize_blocks
+from fp4jax.numerics import NVFP4, key_words, mask_rows, quantize_blocks
 from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, Quantizer, prepare_tokens, prepare_weights
 from fp4jax.recipes import Gemm, Recipe, as_recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
@@ -191,12 +191,11 @@ def _product(
 
 def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words, mask):
     """(Prepared or None, Prepared or None), outside of differentiation."""
-    needs_key = recipe.forward_draws and (x is not None or w is not None)
-    if needs_key and words is None:
+    if recipe.forward_draws and words is None and (x is not None or w is not None):
         raise ValueError(f"recipe {recipe.name} rounds stochastically in the forward: {_HOW_TO_PASS_A_KEY}")
     x, w = lax.stop_gradient((x, w))
     # Words that nothing reads would tie what is prepared to them: `vmap` over keys would prepare it for every key.
-    return _preparation(recipe, batch_dims, quantizer)(x, w, (), words if needs_key else None, mask)
+    return _preparation(recipe, batch_dims, quantizer)(x, w, (), words if recipe.operand_draws else None, mask)
 
 
 @functools.lru_cache(_PROGRAMS)
@@ -214,6 +213,9 @@ def _differentiable(spec: _Spec):
             raise ValueError(
                 f"recipe {name} rounds gradients stochastically: {_HOW_TO_PASS_A_KEY}, or use {name}+nearest"
             )
+        for side, operand in (("lhs", xq), ("rhs", wq)):
+            if operand.backward is None:
+                raise ValueError(f"{side}_q was prepared without a key, which its copy for the backward needs")
         (y,) = _fprop(spec)((), wq.forward, xq.forward, None, mask)
         return y, (xq.backward, wq.backward, words, mask, probe)
 
@@ -259,10 +261,16 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
     def stage(d, w, x, words, mask):
         recipe, batch_dims = spec.recipe, spec.batch_dims
         d = mask_rows(d, mask)
-        dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer)
+        dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
         dx = gemms.contract_features(dq.forward, w, -1, batch_dims, spec.gemm_dtype, spec.precision, mask)
-        dw = gemms.contract_tokens(x, dq.backward, recipe, d.shape, batch_dims, spec.gemm_dtype, spec.precision, mask)
-        statistics = gradient_statistics(d, dq, recipe, batch_dims, mask) if with_statistics else None
+
+        def contract(x, d_part):
+            return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, spec.gemm_dtype, spec.precision, mask)
+
+        dw = contract(x, dq.backward)
+        statistics = None
+        if with_statistics:
+            statistics = gradient_statistics(d, dq, x, dw, contract, recipe, batch_dims, mask)
         return dx.astype(spec.lhs_dtype), dw.astype(spec.rhs_dtype), statistics
 
     def again(batch_dims):
@@ -323,11 +331,12 @@ def _pallas_quantizer() -> Quantizer:
     if reason:
         raise NotImplementedError(f"backend='pallas': {reason}; backend='xla' gives the same bits on any device")
 
-    def rows_by_kernel_others_by_xla(x, format, *, axes, pack_axis, batch_dims=0, words=None):
-        if axes == (-1,):
+    def rows_by_kernel_others_by_xla(x, format, *, axes, pack_axis, batch_dims=0, words=None, **scaling):
+        plain = not any(scaling.values())  # the kernel has NVFP4's own scales only
+        if axes == (-1,) and format == NVFP4 and plain:
             x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
             return kernels.quantize_rows(x, format, batch_dims=batch_dims, words=words)
-        return quantize_blocks(x, format, axes=axes, pack_axis=pack_axis, batch_dims=batch_dims, words=words)
+        return quantize_blocks(x, format, axes=axes, pack_axis=pack_axis, batch_dims=batch_dims, words=words, **scaling)
 
     return rows_by_kernel_others_by_xla
 

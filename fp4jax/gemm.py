@@ -6,11 +6,12 @@ With X = 1 m + R (the mean split) a product of operands is the product of the re
     wgrad   dW = Rxᵀ Rd + (Rxᵀ 1) md + mxᵀ (1ᵀ Rd) + l mxᵀ md       l: number of tokens
 
 The middle terms are there because a quantized residual is no longer exactly zero-mean (arXiv 2603.10444, equations
-11-12, leave them out); the matrix 1 m is never formed.
+11-12, leave them out); the matrix 1 m is never formed. With a low-rank split X = U S V + R, of W too, it is the same
+algebra: rows of X meet W = Uw Sw Vw + Rw as they are, those of V do so once, and U S is multiplied with their result.
 
-Products are emulated: element × block scale has at most 6 significant bits, so float32 and bfloat16 hold it exactly,
-and a GEMM with float32 accumulation equals FP4 tensor cores up to the order of additions. Tensor scales multiply the
-result.
+Products are emulated: element × block scale has at most 8 significant bits, so float32 and bfloat16 hold it exactly,
+and a GEMM with float32 accumulation equals FP4 tensor cores up to the order of additions. Float32 scales multiply the
+result; those that change along the contraction enter the operand, which then is multiplied in float32.
 """
 
 import functools
@@ -21,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fp4jax.numerics import QTensor, row_count
-from fp4jax.operands import Part, dequantize, mean_axes
+from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
 
@@ -29,49 +30,113 @@ def contract_features(
     lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, dtype, precision, row_mask
 ) -> Float[Array, "..."]:
     """fprop (`rhs_axis` -2: W's K) and dgrad (-1: W's N): [*batch, *tokens, features] × W → [*batch, *tokens, out]."""
-    product = functools.partial(_product, rhs=rhs.residual, rhs_axis=rhs_axis, batch_dims=batch_dims, dtype=dtype)
-    result = product(lhs.residual, precision=precision)
-    if lhs.mean is None:
-        return result
-    # One row: its cost is nothing, so a mean in high precision is multiplied in full float32 on every backend.
-    mean_precision = precision if isinstance(lhs.mean, QTensor) else lax.Precision.HIGHEST
-    row = product(lhs.mean, precision=mean_precision)
-    return result + (row if row_mask is None else jnp.where(row_mask[..., None], row, 0.0))
+    product = functools.partial(
+        _times_weights, weights=rhs, rhs_axis=rhs_axis, batch_dims=batch_dims, dtype=dtype, precision=precision
+    )
+    result = product(lhs.residual)
+    if lhs.mean is not None:
+        row = product(lhs.mean, one_row=True)
+        result = result + (row if row_mask is None else jnp.where(row_mask[..., None], row, 0.0))
+    if lhs.low_rank is not None:
+        left, right = low_rank_factors_of(lhs.low_rank, batch_dims)
+        result = result + _exact(left, product(right), ((left.ndim - 1,), (batch_dims,)), batch_dims)
+    return result
 
 
 def contract_tokens(
     x: Part, d: Part, recipe: Recipe, shape: tuple[int, ...], batch_dims: int, dtype, precision, row_mask
 ) -> Float[Array, "*batch K N"]:
     """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]."""
-    rank = len(shape)
-    tokens = tuple(range(batch_dims, rank - 1))
-    batch = tuple(range(batch_dims))
-    contract = functools.partial(lax.dot_general, dimension_numbers=((tokens, tokens), (batch, batch)))
-    x_values, x_scale = _operand(x.residual, -2, dtype)
-    d_values, d_scale = _operand(d.residual, -2, dtype)
-    x_values, d_values = _same_size(*_same_dtype(x_values, d_values), -2, -2)
-    precision = _precision_of(x.residual, d.residual, precision)
-    result = contract(x_values, d_values, precision=precision, preferred_element_type=_accumulator(x_values))
-    for scale in (x_scale, d_scale):
-        if scale is not None:
-            result = result * _per_matrix(scale, batch_dims, result.ndim)
-    # Corrections: rows summed over the averaged tokens, one outer product for every mean.
-    outer = functools.partial(contract, precision=lax.Precision.HIGHEST)
+    product = functools.partial(_over_tokens, rank=len(shape), batch_dims=batch_dims, dtype=dtype, precision=precision)
+
+    def against(columns):
+        """Xᵀ times [*batch, *tokens, columns]."""
+        result = product(x.residual, columns)
+        if x.low_rank is None:
+            return result
+        _, right = low_rank_factors_of(x.low_rank, batch_dims)
+        of_left = product(x.low_rank.left, columns) * _as_rows(x.low_rank.scale, batch_dims)
+        return result + _exact(right, of_left, ((batch_dims,), (batch_dims,)), batch_dims)
+
+    result = against(d.residual)
+    if d.low_rank is not None:
+        _, right = low_rank_factors_of(d.low_rank, batch_dims)
+        left = jnp.swapaxes(_as_rows(d.low_rank.scale, batch_dims), -1, -2) * against(d.low_rank.left)
+        result = result + _exact(left, right, ((batch_dims + 1,), (batch_dims,)), batch_dims)
+    return result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask)
+
+
+def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_mask):
+    """Rows summed over the averaged tokens, one outer product for every mean."""
+    tokens, batch = tuple(range(batch_dims, len(shape) - 1)), tuple(range(batch_dims))
+    outer = functools.partial(
+        lax.dot_general, dimension_numbers=((tokens, tokens), (batch, batch)), precision=lax.Precision.HIGHEST
+    )
     x_mean, d_mean = (part.mean if part.mean is None else dequantize(part.mean) for part in (x, d))
+    result = jnp.float32(0)
     if d_mean is not None:
         result = result + outer(x.sums, d_mean)
     if x_mean is not None:
         x_sums = d.sums
         if d_mean is not None:
-            axes = mean_axes(recipe.wgrad.lhs.split, rank, batch_dims)
+            axes = mean_axes(recipe.wgrad.lhs.split, len(shape), batch_dims)
             x_sums = x_sums + row_count(shape, axes, row_mask) * d_mean
         result = result + outer(x_mean, x_sums)
     return result
 
 
-def _product(lhs, *, rhs, rhs_axis, batch_dims, dtype, precision):
-    lhs_values, lhs_scale = _operand(lhs, -1, dtype)
-    rhs_values, rhs_scale = _operand(rhs, rhs_axis, dtype)
+def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, dtype, precision, one_row=False):
+    """[*batch, *rows, features] × W or, for `rhs_axis` -1, Wᵀ."""
+    if one_row and not isinstance(rows, QTensor):
+        # Its cost is nothing, so a mean in high precision is multiplied in full float32 on every backend.
+        precision = lax.Precision.HIGHEST
+    product = functools.partial(_product, batch_dims=batch_dims, dtype=dtype, precision=precision)
+    result = product(rows, weights.residual, rhs_axis)
+    if weights.low_rank is None:
+        return result
+    left, right = low_rank_factors_of(weights.low_rank, batch_dims)  # W = left · right
+    first, second = (left, right) if rhs_axis == -2 else (right, left)
+    inner = product(rows, first, rhs_axis)
+    return result + _exact(inner, second, ((inner.ndim - 1,), (batch_dims + rhs_axis + 2,)), batch_dims)
+
+
+def _as_rows(scale, batch_dims: int):
+    """Singular values as [*batch, rank, 1]."""
+    return scale.reshape(*scale.shape[:batch_dims], -1, 1)
+
+
+def _exact(lhs, rhs, contract, batch_dims: int):
+    """A product with a factor of low rank, which costs little: in full float32."""
+    batch = tuple(range(batch_dims))
+    return lax.dot_general(lhs, rhs, (contract, (batch, batch)), precision=lax.Precision.HIGHEST)
+
+
+def _over_tokens(lhs, rhs, *, rank, batch_dims, dtype, precision):
+    """[*batch, *tokens, i] × [*batch, *tokens, j] → [*batch, i, j]."""
+    tokens, batch = tuple(range(batch_dims, rank - 1)), tuple(range(batch_dims))
+    lhs_values, lhs_scale = _operand(lhs, tokens, -2, dtype)
+    rhs_values, rhs_scale = _operand(rhs, tokens, -2, dtype)
+    lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -2, -2)
+    result = lax.dot_general(
+        lhs_values,
+        rhs_values,
+        ((tokens, tokens), (batch, batch)),
+        precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
+        preferred_element_type=_accumulator(lhs_values),
+    )
+    if lhs_scale is not None:
+        scale = lhs_scale.reshape(*lhs_scale.shape[:batch_dims], lhs_scale.shape[-1])
+        result = result * scale[..., :, None]
+    if rhs_scale is not None:
+        scale = rhs_scale.reshape(*rhs_scale.shape[:batch_dims], rhs_scale.shape[-1])
+        result = result * scale[..., None, :]
+    return result
+
+
+def _product(lhs, rhs, rhs_axis, *, batch_dims, dtype, precision):
+    """[*batch, *rows, features] × [*batch, features, out], or its transpose for `rhs_axis` -1."""
+    lhs_values, lhs_scale = _operand(lhs, (-1,), -1, dtype)
+    rhs_values, rhs_scale = _operand(rhs, (rhs_axis,), rhs_axis, dtype)
     lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -1, rhs_axis)
     batch = tuple(range(batch_dims))
     dimension_numbers = (((lhs_values.ndim - 1,), (rhs_values.ndim + rhs_axis,)), (batch, batch))
@@ -79,18 +144,26 @@ def _product(lhs, *, rhs, rhs_axis, batch_dims, dtype, precision):
         lhs_values,
         rhs_values,
         dimension_numbers,
-        precision=_precision_of(lhs, rhs, precision),
+        precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
         preferred_element_type=_accumulator(lhs_values),
     )
-    for scale in (lhs_scale, rhs_scale):
-        if scale is not None:
-            result = result * _per_matrix(scale, batch_dims, result.ndim)
+    if lhs_scale is not None:
+        result = result * lhs_scale
+    if rhs_scale is not None:
+        scale = rhs_scale.squeeze(rhs_axis)
+        result = result * scale.reshape(*scale.shape[:-1], *[1] * (result.ndim - scale.ndim), scale.shape[-1])
     return result
 
 
-def _precision_of(lhs, rhs, precision):
-    """The caller's precision is for operands in high precision: quantized ones are exact as they are."""
-    return None if isinstance(lhs, QTensor) and isinstance(rhs, QTensor) else precision
+def _precision_of(lhs, lhs_scale, rhs, rhs_scale, precision):
+    """The caller's precision is for operands in high precision: quantized values are exact in any.
+
+    Those with a float32 scale folded in are neither, and are multiplied in full float32.
+    """
+    if not (isinstance(lhs, QTensor) and isinstance(rhs, QTensor)):
+        return precision
+    folded = any(q.amax is not None and scale is None for q, scale in ((lhs, lhs_scale), (rhs, rhs_scale)))
+    return lax.Precision.HIGHEST if folded else None
 
 
 def _accumulator(values):
@@ -98,11 +171,18 @@ def _accumulator(values):
     return jnp.float64 if values.dtype == jnp.float64 else jnp.float32
 
 
-def _operand(value: QTensor | Array, axis: int, dtype):
-    """Values to multiply (padding kept along the contracted axis) and the tensor scale, None in high precision."""
-    if isinstance(value, QTensor):
-        return value.values(dtype, padded=(axis,)), value.tensor_scale
-    return value, None
+def _operand(value: QTensor | Array, contracted: tuple[int, ...], axis: int, dtype):
+    """Values to multiply (padding kept along `axis`), and the float32 scale to multiply the result with.
+
+    The scale is None in high precision, for formats without one, and where it changes along the contracted axes: then
+    it is in the values, which are float32.
+    """
+    if not isinstance(value, QTensor):
+        return value, None
+    scale = value.tensor_scale
+    if scale is not None and any(scale.shape[a] > 1 for a in contracted):
+        return value.scaled_values(padded=(axis,)), None
+    return value.values(dtype, padded=(axis,)), scale
 
 
 def _same_dtype(lhs, rhs):
@@ -125,11 +205,6 @@ def _pad_to(x, axis, size):
     if not missing:
         return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])
-
-
-def _per_matrix(scale, batch_dims, rank):
-    """A tensor scale [*batch, 1, ...] shaped to multiply a result of `rank` axes."""
-    return scale.reshape(*scale.shape[:batch_dims], *[1] * (rank - batch_dims))
 
 
 def emulation_dtype() -> jnp.dtype:

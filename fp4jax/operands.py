@@ -6,6 +6,7 @@ Token axes are never merged: blocks along the tokens run along the last token ax
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,16 +14,45 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from fp4jax.numerics import QTensor, Rounding, column_mean, fold, hadamard, mask_rows, residual
-from fp4jax.recipes import Center, MeanAxes, MeanSplit, Operand, Recipe
+from fp4jax.numerics import (
+    QTensor,
+    Rounding,
+    ScaleRounding,
+    bits,
+    column_mean,
+    fold,
+    hadamard,
+    low_rank_factors,
+    mask_rows,
+    residual,
+    rotate,
+)  # fmt: skip
+from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 
 # Streams of random bits, one for every quantization of a linear layer; frozen, or runs would not repeat.
 SLOTS = {
-    "fprop.x": 0, "fprop.w": 1, "dgrad.g": 2, "dgrad.w": 3, "wgrad.x": 4, "wgrad.g": 5, "mean.x": 6, "mean.g": 7
+    "fprop.x": 0, "fprop.w": 1, "dgrad.g": 2, "dgrad.w": 3, "wgrad.x": 4, "wgrad.g": 5, "mean.x": 6, "mean.g": 7,
+    "signs.x": 8, "signs.w": 9, "left.x": 10, "right.x": 11, "left.w": 12, "right.w": 13, "left.g": 14, "right.g": 15,
 }  # fmt: skip
 
-# (x, format, axes=, pack_axis=, batch_dims=, words=) -> QTensor; `numerics.quantize_blocks` or a kernel that equals it.
+# `numerics.quantize_blocks`, or a kernel that equals it, with its arguments.
 Quantizer = Callable[..., QTensor]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The part left · scale · right of a low-rank split.
+
+    Attributes:
+      left: [*batch, *rows, rank], quantized along the last axis of rows.
+      scale: singular values [*batch, ..., 1, rank], size 1 on every axis of rows.
+      right: [*batch, ..., rank, features], size 1 on every axis of rows but the last, which holds the rank.
+    """
+
+    left: QTensor | Float32[Array, "..."]
+    scale: Float32[Array, "..."]
+    right: QTensor | Float32[Array, "..."]
 
 
 @jax.tree_util.register_dataclass
@@ -34,11 +64,15 @@ class Part:
       residual: what is left after the split; a `QTensor`, or an array where the operand stays in high precision.
       mean: the row split off, [*batch, *tokens or 1, features], or None.
       sums: column sums of the residual as quantized, shaped like the mean, where the weight gradient needs them.
+      low_rank: the part of low rank split off, or None.
+      signs: of the Hadamard transform where they are fresh, for the other operand of the product to take over.
     """
 
     residual: QTensor | Float[Array, "..."]
     mean: QTensor | Float32[Array, "..."] | None = None
     sums: Float32[Array, "..."] | None = None
+    low_rank: LowRank | None = None
+    signs: Float32[Array, "..."] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -48,12 +82,13 @@ class Prepared:
 
     Attributes:
       forward: for fprop. X: blocks along features; W: blocks along K.
-      backward: for the backward pass. X: blocks along tokens (wgrad); W: blocks along N (dgrad).
+      backward: for the backward pass. X: blocks along tokens (wgrad); W: blocks along N (dgrad). None where it draws
+        and no key was given: such an operand can be evaluated, not differentiated.
       purpose: what it was prepared for, where a caller holds it between products.
     """
 
     forward: Part
-    backward: Part
+    backward: Part | None
     purpose: "Purpose | None" = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -69,46 +104,125 @@ class Purpose:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Which operands of a recipe prepare an array with tokens, and which random streams they draw from."""
+    """Which operands of a recipe prepare an array, and the name of its random streams."""
 
     features: str
     tokens: str
-    mean: str
+    name: str
 
 
-X_SLOTS = Slots("fprop.x", "wgrad.x", "mean.x")
-D_SLOTS = Slots("dgrad.g", "wgrad.g", "mean.g")
+X_SLOTS = Slots("fprop.x", "wgrad.x", "x")
+D_SLOTS = Slots("dgrad.g", "wgrad.g", "g")
 
 
-def prepare_tokens(x, recipe: Recipe, slots: Slots, batch_dims: int, words, row_mask, quantizer: Quantizer) -> Prepared:
-    """Prepares an array whose rows are tokens: `forward` contracts its features, `backward` its tokens."""
+@dataclasses.dataclass(frozen=True)
+class _SplitOff:
+    """What a split takes off an array, as it enters products beside the residual."""
+
+    mean: QTensor | Array | None = None
+    low_rank: LowRank | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """What every quantization of one array shares."""
+
+    batch_dims: int
+    words: Array | None
+    quantizer: Quantizer
+
+    def stream(self, slot: str):
+        return None if self.words is None else fold(self.words, SLOTS[slot])
+
+    def quantize(self, x, operand: Operand, slot: str, axis: int, signs=None) -> QTensor | Array:
+        """`x` transformed and quantized as `operand` says, by blocks along `axis`."""
+        if operand.hadamard:
+            x = hadamard(_pad_axis(x, axis, operand.hadamard), axis, operand.hadamard, signs)
+        if operand.format is None:
+            return x
+        stream = self.stream(slot)
+        stochastic_scales = operand.scale_rounding is ScaleRounding.STOCHASTIC
+        return self.quantizer(
+            x, operand.format, axes=(-2, -1) if operand.block else (axis,), pack_axis=axis, batch_dims=self.batch_dims,
+            words=stream if operand.rounding is Rounding.STOCHASTIC else None, candidates=operand.candidates,
+            scale_rounding=operand.scale_rounding, correction=operand.correction,
+            scale_words=fold(stream, bits.SCALES) if stochastic_scales else None,
+        )  # fmt: skip
+
+    def signs(self, operand: Operand, slot: str, rank: int, axis: int):
+        """Fresh signs for a transform along `axis`, with size 1 on the other axes."""
+        if not operand.fresh_signs:
+            return None
+        shape = [1] * rank
+        shape[axis] = operand.hadamard
+        return bits.signs(self.stream(slot), operand.hadamard).reshape(shape)
+
+
+def prepare_tokens(
+    x, recipe: Recipe, slots: Slots, batch_dims: int, words, row_mask, quantizer: Quantizer, partners=(None, None)
+) -> Prepared:
+    """Prepares an array whose rows are tokens: `forward` contracts its features, `backward` its tokens.
+
+    Args:
+      partners: for D, the other operands of dgrad and wgrad, whose fresh signs it takes over.
+    """
+    context = _Context(batch_dims, words, quantizer)
     by_features, by_tokens = recipe.slots[slots.features], recipe.slots[slots.tokens]
-    split = by_features.split or by_tokens.split
-    mean = center = None
-    if split:
-        mean, center = _mean(x, split, batch_dims, _stream(words, split.mean, slots.mean), row_mask, quantizer)
-
-    def part(operand: Operand, slot: str, axis: int) -> Part:
-        rows = residual(x, center, row_mask) if operand.split else mask_rows(x, row_mask)
-        stream = _stream(words, operand, slot)
-        return Part(_quantize(rows, operand, axis, batch_dims, stream, quantizer), mean if operand.split else None)
-
-    backward = part(by_tokens, slots.tokens, -2)
-    if recipe.wgrad.lhs.split or recipe.wgrad.rhs.split:
-        axes = mean_axes(recipe.wgrad.lhs.split or recipe.wgrad.rhs.split, x.ndim, batch_dims)
-        sums = column_sums(backward.residual, axes, by_tokens.hadamard is not None, x.shape, row_mask)
+    split, rest = _split(x, by_features.split or by_tokens.split, context, slots.name, row_mask)
+    whole = mask_rows(x, row_mask)
+    feature_signs, token_signs = (partner and partner.signs for partner in partners)
+    if feature_signs is not None:  # W has fewer axes
+        feature_signs = feature_signs.reshape(
+            *feature_signs.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 1), feature_signs.shape[-1]
+        )
+    forward = _part(
+        rest if by_features.split else whole, split, by_features, slots.features, -1, context, feature_signs
+    )
+    if by_tokens.draws and words is None:
+        return Prepared(forward, None)
+    if slots is X_SLOTS:
+        token_signs = context.signs(by_tokens, "signs.x", x.ndim, -2)
+    backward = _backward_part(
+        forward, rest if by_tokens.split else whole, split, by_tokens, slots.tokens, -2, context, token_signs
+    )
+    means = [s for s in (recipe.wgrad.lhs.split, recipe.wgrad.rhs.split) if isinstance(s, MeanSplit)]
+    if means:
+        axes = mean_axes(means[0], x.ndim, batch_dims)
+        sums = column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
         backward = dataclasses.replace(backward, sums=sums)
-    return Prepared(part(by_features, slots.features, -1), backward)
+    return Prepared(forward, backward)
 
 
 def prepare_weights(w, recipe: Recipe, batch_dims: int, words, quantizer: Quantizer) -> Prepared:
     """Prepares weights [*batch, K, N]: `forward` contracts K, `backward` contracts N."""
-    forward, backward = recipe.fprop.rhs, recipe.dgrad.rhs
-    by_inputs = Part(_quantize(w, forward, -2, batch_dims, _stream(words, forward, "fprop.w"), quantizer))
-    if forward == backward and forward.block and forward.rounding is Rounding.NEAREST:
-        return Prepared(by_inputs, by_inputs)  # square blocks: W and its transpose are the same values
-    stream = _stream(words, backward, "dgrad.w")
-    return Prepared(by_inputs, Part(_quantize(w, backward, -1, batch_dims, stream, quantizer)))
+    context = _Context(batch_dims, words, quantizer)
+    by_inputs, by_outputs = recipe.fprop.rhs, recipe.dgrad.rhs
+    split, rest = _split(w, by_inputs.split or by_outputs.split, context, "w", None)
+    forward = _part(rest if by_inputs.split else w, split, by_inputs, "fprop.w", -2, context, None)
+    if by_inputs == by_outputs and by_inputs.block and by_inputs.rounding is Rounding.NEAREST:
+        return Prepared(forward, forward)  # square blocks: W and its transpose are the same values
+    if by_outputs.draws and words is None:
+        return Prepared(forward, None)
+    signs = context.signs(by_outputs, "signs.w", w.ndim, -1)
+    rows = rest if by_outputs.split else w
+    return Prepared(forward, _backward_part(forward, rows, split, by_outputs, "dgrad.w", -1, context, signs))
+
+
+def _part(rows, split: _SplitOff, operand: Operand, slot: str, axis: int, context: _Context, signs) -> Part:
+    residual = context.quantize(rows, operand, slot, axis, signs)
+    split = split if operand.split else _SplitOff()
+    return Part(residual, mean=split.mean, low_rank=split.low_rank, signs=signs)
+
+
+def _backward_part(
+    forward: Part, rows, split: _SplitOff, operand: Operand, slot: str, axis: int, context, signs
+) -> Part:
+    """The copy for the backward, made from the original rows or from the forward's quantized ones."""
+    if operand.is_copy:
+        return forward
+    if operand.source is Source.QUANTIZED:
+        rows = dequantize(forward.residual)
+    return _part(rows, split, operand, slot, axis, context, signs)
 
 
 def mean_axes(split: MeanSplit, rank: int, batch_dims: int) -> tuple[int, ...]:
@@ -122,48 +236,79 @@ def dequantize(value: QTensor | Array) -> Float32[Array, "..."]:
 
 
 def column_sums(
-    value: QTensor | Array, axes: tuple[int, ...], transformed: bool, shape: tuple[int, ...], row_mask
+    value: QTensor | Array, axes: tuple[int, ...], operand: Operand, shape: tuple[int, ...], row_mask, signs
 ) -> Float32[Array, "..."]:
     """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
 
     Under a Hadamard transform along the tokens the products hold H R, and 1ᵀR = (H 1)ᵀ(H R) because H is orthogonal.
 
     Args:
+      operand: how the residual was prepared.
       shape: logical shape of the residual; row_mask: its real rows, the indicator that takes the place of 1.
     """
-    if not transformed:
+    if not operand.hadamard:
         return jnp.sum(dequantize(value), axis=axes, keepdims=True)
     ones = mask_rows(jnp.ones((*shape[:-1], 1), jnp.float32), row_mask)
-    ones = hadamard(_pad_axis(ones, -2), -2)
+    ones = rotate(_pad_axis(ones, -2, operand.hadamard), -2, operand.hadamard, signs)
     if isinstance(value, QTensor):
-        value = value.values(padded=(-2,)) * value.tensor_scale
-    return jnp.sum(value * ones, axis=axes, keepdims=True)
+        value = value.scaled_values(padded=(-2,))
+    return jnp.sum(_pad_to(value, -2, ones.shape[-2]) * _pad_to(ones, -2, value.shape[-2]), axis=axes, keepdims=True)
 
 
-def _mean(x, split: MeanSplit, batch_dims, stream, row_mask, quantizer):
-    """The mean as it enters products, and the row that is taken off X."""
-    mean = column_mean(x, mean_axes(split, x.ndim, batch_dims), row_mask)
-    as_operand = _quantize(mean, split.mean, -1, batch_dims, stream, quantizer)
-    return as_operand, dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
+def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: str, row_mask):
+    """(what is split off, the residual)."""
+    if split is None:
+        return _SplitOff(), x
+    if isinstance(split, MeanSplit):
+        mean = column_mean(x, mean_axes(split, x.ndim, context.batch_dims), row_mask)
+        as_operand = context.quantize(mean, split.mean, f"mean.{name}", -1)
+        center = dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
+        return _SplitOff(mean=as_operand), residual(x, center, row_mask)
+    return _split_low_rank(mask_rows(x, row_mask).astype(jnp.float32), split, context, name)
 
 
-def _quantize(x, operand: Operand, axis: int, batch_dims: int, stream, quantizer: Quantizer) -> QTensor | Array:
-    if operand.hadamard:
-        x = hadamard(_pad_axis(x, axis), axis)
-    if operand.format is None:
-        return x
-    axes = (-2, -1) if operand.block else (axis,)
-    return quantizer(x, operand.format, axes=axes, pack_axis=axis, batch_dims=batch_dims, words=stream)
+def _split_low_rank(x, split: LowRankSplit, context: _Context, name: str):
+    exact = exact_low_rank(x, split, context.batch_dims)
+    quantized = LowRank(
+        context.quantize(exact.left, split.factor, f"left.{name}", -2),
+        exact.scale,
+        context.quantize(exact.right, split.factor, f"right.{name}", -1),
+    )
+    taken_off = quantized if split.centered else exact
+    return _SplitOff(low_rank=quantized), x - low_rank_product(taken_off, context.batch_dims)
 
 
-def _pad_axis(x, axis: int, multiple: int = 16):
+def exact_low_rank(x: Float32[Array, "..."], split: LowRankSplit, batch_dims: int) -> LowRank:
+    """The part of x [*batch, *rows, features] that the split takes off, before its factors are quantized."""
+    rows = math.prod(x.shape[batch_dims:-1])
+    rank = max(1, round(split.rank_fraction * min(rows, x.shape[-1])))
+    left, right = low_rank_factors(x, rank, batch_dims, split.iterations)
+    scale = jnp.sqrt(jnp.sum(jnp.square(left), axis=tuple(range(batch_dims, x.ndim - 1)), keepdims=True))
+    right = right.reshape(*right.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 2), *right.shape[batch_dims:])
+    return LowRank(left / jnp.where(scale > 0, scale, 1.0), scale, right)
+
+
+def low_rank_product(low_rank: LowRank, batch_dims: int) -> Float32[Array, "..."]:
+    """left · scale · right, shaped like the array that was split."""
+    left, right = low_rank_factors_of(low_rank, batch_dims)
+    batch = tuple(range(batch_dims))
+    contract = ((left.ndim - 1,), (batch_dims,))
+    return lax.dot_general(left, right, (contract, (batch, batch)), precision=lax.Precision.HIGHEST)
+
+
+def low_rank_factors_of(low_rank: LowRank, batch_dims: int) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
+    """(left × singular values [*batch, *rows, rank], right [*batch, rank, features]), dequantized."""
+    right = dequantize(low_rank.right)
+    return dequantize(low_rank.left) * low_rank.scale, right.reshape(*right.shape[:batch_dims], *right.shape[-2:])
+
+
+def _pad_axis(x, axis: int, multiple: int):
     """Zeros behind the end of `axis` up to a multiple of the Hadamard width."""
-    missing = -x.shape[axis] % multiple
-    if not missing:
+    return _pad_to(x, axis, -(-x.shape[axis] // multiple) * multiple)
+
+
+def _pad_to(x, axis: int, size: int):
+    missing = size - x.shape[axis]
+    if missing <= 0:
         return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])
-
-
-def _stream(words, operand: Operand, slot: str):
-    """Random words for a quantization, or None where it rounds to nearest."""
-    return fold(words, SLOTS[slot]) if operand.rounding is Rounding.STOCHASTIC else None

@@ -1,90 +1,198 @@
-"""Sums and counts over a quantized gradient: what travels as the cotangent of `probe`.
+"""Sums and counts over quantized operands and over the split's terms: what the health of FP4 training is read from.
 
-Only sums, so that microbatches and scanned layers may add them up; ratios are taken by whoever reads them.
+Only sums, so that microbatches and scanned layers may add them up; `fp4jax.training.health` takes the ratios. Those of
+the gradient travel out of the backward pass as the cotangent of `probe`.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
-from fp4jax.numerics import QTensor, column_mean, hadamard, residual, rounding, row_count
-from fp4jax.operands import Part, Prepared, dequantize, mean_axes
-from fp4jax.recipes import Center, Recipe
+from fp4jax.numerics import QTensor, column_mean, hadamard, mask_rows, residual, row_count
+from fp4jax.operands import Part, Prepared, dequantize, exact_low_rank, low_rank_product, mean_axes
+from fp4jax.recipes import Center, LowRankSplit, MeanSplit, Operand, Recipe
 
-# Energies are sums of squares; "noise" is the energy of a residual's quantization error, in the transformed domain
-# where the operand has a Hadamard transform. The four code and scale counts are of the dgrad copy.
+# Of one operand of one GEMM. Energies are sums of squares; the counts are zero for an operand in high precision.
+OPERAND_STATISTICS = (
+    "energy",  # of the operand as it comes in
+    "mean_energy",  # of its mean over all tokens (of W: over the inputs), in every row
+    "residual_energy",  # of what is left of it after the split
+    "noise",  # of the difference between the operand as it is multiplied and as it comes in
+    "elements",  # that are not zero when they are quantized: padding and masked rows count nowhere
+    "underflows",  # those of them that have become zero, by their code or by their block's scale
+    "saturated",  # those of the others whose code is the largest
+    "blocks",  # that hold an element that is not zero
+    "zero_scales",  # those of them whose scale is the byte 0
+    "largest_scales",  # those whose scale is the largest finite one
+)
+# Of the weight gradient: its energy, the energy of all that a split adds to the product of the residuals, and of that
+# the terms with the residuals' column sums, which are zero only before quantization.
+SPLIT_STATISTICS = ("energy", "split_energy", "cross_energy")
+
+FORWARD_OPERANDS = ("fprop.x", "fprop.w", "dgrad.w", "wgrad.x")
+GRADIENT_OPERANDS = ("dgrad.g", "wgrad.g")
+FORWARD_STATISTICS = tuple(f"{slot}.{name}" for slot in FORWARD_OPERANDS for name in OPERAND_STATISTICS)
 GRADIENT_STATISTICS = (
-    "rows",
-    "energy",
-    "mean_energy",
-    "dgrad_noise",
-    "wgrad_noise",
-    "zero_codes",
-    "largest_codes",
-    "zero_scales",
-    "largest_scales",
+    *(f"{slot}.{name}" for slot in GRADIENT_OPERANDS for name in OPERAND_STATISTICS),
+    *(f"wgrad.{name}" for name in SPLIT_STATISTICS),
 )
 
+SCOPE = "fp4jax_statistics"
+"""Named scope of every operation here: a compiled program without the statistics does not contain it."""
 
-def gradient_statistics(d, prepared: Prepared, recipe: Recipe, batch_dims: int, row_mask) -> Float32[Array, "*batch s"]:
-    """The statistics of one output gradient [*batch, *tokens, N] and its prepared copies, in the order above.
 
-    Counts of codes and scales are zero for a copy in high precision; so is its noise.
+class Monitor:
+    """Takes statistics out of a model's linear layers, stacked over layers.
+
+    Attributes:
+      probes: linear layer → zeros of shape [*layers, len(GRADIENT_STATISTICS)], whose cotangents are the statistics of
+        the backward pass.
+      forward: linear layer → [*layers, len(FORWARD_STATISTICS)], filled while the model is traced: to be returned by
+        the function that is.
     """
-    axes = tuple(range(batch_dims, d.ndim))
-    d = d.astype(jnp.float32)
-    rows = jnp.ones(d.shape[:-1], jnp.float32) if row_mask is None else row_mask.astype(jnp.float32)
-    rows = jnp.sum(rows, axis=axes[:-1])
-    parts = (prepared.forward, prepared.backward)
-    mean_energy = jnp.zeros_like(rows)
-    split = recipe.dgrad.lhs.split or recipe.wgrad.rhs.split
-    if split:
-        mean = dequantize(next(part.mean for part in parts if part.mean is not None))
-        count = row_count(d.shape, mean_axes(split, d.ndim, batch_dims), row_mask)
-        mean_energy = jnp.sum(jnp.square(mean) * count, axis=axes)
-    noises = [
-        _noise(d, part, operand, axis, axes, row_mask)
-        for part, operand, axis in zip(parts, (recipe.dgrad.lhs, recipe.wgrad.rhs), (-1, -2), strict=True)
-    ]
-    return jnp.stack(
-        [rows, _energy(d, axes), mean_energy, *noises, *_counts(parts[0].residual, rows, axes, row_mask)], axis=-1
+
+    def __init__(self, probes: dict[str, Float32[Array, "..."]]):
+        self.probes = probes
+        self.forward = {}
+
+    def record(self, linear: str, x, xq: Prepared, w, wq: Prepared, recipe: Recipe) -> None:
+        """Takes the forward statistics of one linear layer."""
+        self.forward[linear] = forward_statistics(x, xq, w, wq, recipe)
+
+    def append(self, layers: dict[str, Float32[Array, "..."]]) -> None:
+        """Adds the forward statistics of layers behind those that are there."""
+        for linear, statistics in layers.items():
+            before = [self.forward[linear]] if linear in self.forward else []
+            self.forward[linear] = jnp.concatenate([*before, statistics])
+
+
+@jax.named_scope(SCOPE)
+def forward_statistics(x, xq: Prepared, w, wq: Prepared, recipe: Recipe) -> Float32[Array, " s"]:
+    """FORWARD_STATISTICS of X [*tokens, K] and W [K, N] and their prepared copies; no gradient flows through."""
+    x, w = lax.stop_gradient((x, w))
+    found = (
+        operand_statistics(x, xq.forward, recipe.fprop.lhs, -1),
+        operand_statistics(w, wq.forward, recipe.fprop.rhs, -2),
+        operand_statistics(w, wq.backward, recipe.dgrad.rhs, -1),
+        operand_statistics(x, xq.backward, recipe.wgrad.lhs, -2),
     )
+    return jnp.concatenate(found)
+
+
+@jax.named_scope(SCOPE)
+def gradient_statistics(
+    d, dq: Prepared, x: Part, dw, contract: Callable[[Part, Part], Array], recipe: Recipe, batch_dims: int, row_mask
+) -> Float32[Array, "*batch s"]:
+    """GRADIENT_STATISTICS of one output gradient [*batch, *tokens, N] and of the weight gradient it gives.
+
+    Args:
+      dq: the prepared copies of d; x: the other operand of wgrad.
+      dw: [*batch, K, N], what contract(x, dq.backward) gave; contract: wgrad on prepared operands.
+    """
+    found = (
+        operand_statistics(d, dq.forward, recipe.dgrad.lhs, -1, batch_dims, row_mask),
+        operand_statistics(d, dq.backward, recipe.wgrad.rhs, -2, batch_dims, row_mask),
+        _split_statistics(x, dq.backward, dw, contract),
+    )
+    return jnp.concatenate(found, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("operand", "axis", "batch_dims"))  # traced once for equal operands
+def operand_statistics(
+    x: Float[Array, "..."], part: Part, operand: Operand, axis: int, batch_dims: int = 0, row_mask=None
+) -> Float32[Array, "*batch s"]:
+    """OPERAND_STATISTICS of [*batch, *rows, features] prepared as `part` for a product that contracts `axis`.
+
+    Rows are tokens (of W: inputs), over all of which the mean is taken.
+    """
+    if operand.format and not isinstance(part.residual, QTensor):
+        operand = Operand()  # too short a contraction: the product left it in high precision
+    axes = tuple(range(batch_dims, x.ndim))
+    x = mask_rows(x.astype(jnp.float32), row_mask)
+    mean_energy = jnp.square(column_mean(x, axes[:-1], row_mask)) * row_count(x.shape, axes[:-1], row_mask)
+    added, left = _residuals(x, part, operand.split, batch_dims, row_mask)
+    values = dequantize(part.residual)
+    noise = values - _as_quantized(added, part, operand, axis, values.shape)
+    counts = _counts(part.residual, values, _as_quantized(left, part, operand, axis, values.shape), axes)
+    energies = [_energy(x, axes), jnp.sum(mean_energy, axis=axes), _energy(left, axes), _energy(noise, axes)]
+    return jnp.stack([*energies, *counts], axis=-1)
 
 
 def _energy(x, axes):
     return jnp.sum(jnp.square(x), axis=axes)
 
 
-def _noise(d, part: Part, operand, axis: int, axes, row_mask):
-    if not isinstance(part.residual, QTensor):
-        return jnp.zeros(d.shape[: axes[0]], jnp.float32)
-    if operand.split:
-        center = dequantize(part.mean) if operand.split.center is Center.QUANTIZED_MEAN else None
-        if center is None:
-            center = column_mean(d, mean_axes(operand.split, d.ndim, axes[0]), row_mask)
-        d = residual(d, center, row_mask)
-    quantized = part.residual.values(padded=(axis,)) * part.residual.tensor_scale
-    widths = [(0, quantized.shape[i] - d.shape[i], 0) for i in range(d.ndim)]
-    d = lax.pad(d, jnp.zeros((), d.dtype), widths)
-    return _energy(quantized - (hadamard(d, axis) if operand.hadamard else d), axes)
+def _residuals(x, part: Part, split: MeanSplit | LowRankSplit | None, batch_dims: int, row_mask):
+    """X without what products add back, and X without what was taken off: the latter's rounding is between them."""
+    if part.mean is not None:
+        mean = dequantize(part.mean)
+        added = residual(x, mean, row_mask)
+        if split is None or split.center is Center.QUANTIZED_MEAN:
+            return added, added
+        return added, residual(x, column_mean(x, mean_axes(split, x.ndim, batch_dims), row_mask), row_mask)
+    if part.low_rank is not None:
+        added = x - low_rank_product(part.low_rank, batch_dims)
+        if split is None or split.centered:
+            return added, added
+        return added, x - low_rank_product(exact_low_rank(x, split, batch_dims), batch_dims)
+    return x, x
 
 
-def _counts(value, rows, axes, row_mask):
+def _as_quantized(x, part: Part, operand: Operand, axis: int, shape: tuple[int, ...]):
+    """X as it meets the quantizer: padded to `shape`, transformed. The transform is orthogonal: energies stay."""
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, size - x.shape[i], 0) for i, size in enumerate(shape)])
+    return hadamard(x, axis, operand.hadamard, part.signs) if operand.hadamard else x
+
+
+def _counts(value, values, target, axes):
+    """The six counts; `target` is what was quantized to `value`, which represents `values`."""
     if not isinstance(value, QTensor):
-        return [jnp.zeros_like(rows)] * 4
-    format = value.format
-    largest_code = len(format.element.magnitudes) - 1
-    codes = rounding.unpack(value.codes, value.axis) & largest_code
-    codes = lax.slice(codes, [0] * codes.ndim, value.shape)
-    largest_scale = len(format.scale.magnitudes) - 1
-    found = (codes == 0, codes == largest_code, value.scales == 0, value.scales == largest_scale)
-    if row_mask is not None:
-        found = [what & _real_blocks(row_mask, what.shape[-2])[..., None] for what in found]
+        return [jnp.zeros(target.shape[: axes[0]], jnp.float32)] * 6
+    codes, largest_code = _magnitude_codes(value)
+    nonzero = target != 0
+    found = [nonzero, nonzero & (values == 0), (codes == largest_code) & (values != 0)]
+    if value.scales is None:
+        blocks = jnp.zeros_like(nonzero)
+        found += [blocks] * 3
+    else:
+        blocks = _holds_any(nonzero, value)
+        largest_scale = len(value.format.scale.magnitudes) - 1
+        found += [blocks, blocks & (value.scales == 0), blocks & (value.scales == largest_scale)]
     return [jnp.sum(what, axis=axes, dtype=jnp.float32) for what in found]
 
 
-def _real_blocks(row_mask, blocks: int):
-    """Which of the blocks along the last token axis (single rows, or 16 under square blocks) hold a real row."""
-    size = -(-row_mask.shape[-1] // blocks)
-    widths = [(0, 0)] * (row_mask.ndim - 1) + [(0, size * blocks - row_mask.shape[-1])]
-    return jnp.any(jnp.pad(row_mask, widths).reshape(*row_mask.shape[:-1], blocks, size), axis=-1)
+def _magnitude_codes(value: QTensor):
+    """Codes without their sign, in the logical shape, and the largest one."""
+    element = value.format.element
+    codes = value.element_codes
+    codes = lax.slice(codes, [0] * codes.ndim, value.shape)
+    return codes & ((1 << element.width) - 1), len(element.magnitudes) - 1
+
+
+def _holds_any(nonzero, value: QTensor):
+    """Which of the tensor's blocks hold an element that is not zero."""
+    for axis, (padded, blocks) in enumerate(zip(value.padded_shape, value.scales.shape, strict=True)):
+        widths = [(0, padded - nonzero.shape[axis] if i == axis else 0) for i in range(nonzero.ndim)]
+        shape = (*nonzero.shape[:axis], blocks, padded // blocks, *nonzero.shape[axis + 1 :])
+        nonzero = jnp.any(jnp.pad(nonzero, widths).reshape(shape), axis=axis + 1)
+    return nonzero
+
+
+def _split_statistics(x: Part, d: Part, dw, contract):
+    """SPLIT_STATISTICS by subtraction, whatever the split: the products without its terms are made once more."""
+    axes = (dw.ndim - 2, dw.ndim - 1)
+    plain_x, plain_d = Part(x.residual), Part(d.residual)
+    if all(part.mean is None and part.low_rank is None for part in (x, d)):
+        return jnp.stack([_energy(dw, axes), *[jnp.zeros(dw.shape[:-2], jnp.float32)] * 2], axis=-1)
+    split = dw - contract(plain_x, plain_d)
+    cross = dw - contract(_without_sums(x), _without_sums(d))
+    return jnp.stack([_energy(what.astype(jnp.float32), axes) for what in (dw, split, cross)], axis=-1)
+
+
+def _without_sums(part: Part) -> Part:
+    return part if part.sums is None else dataclasses.replace(part, sums=jnp.zeros_like(part.sums))

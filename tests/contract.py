@@ -37,15 +37,16 @@ def _rows() -> list[str]:
 
 
 ROWS = _rows()
+SLOW_TO_COMPILE = {"quartet2", "metis", "averis_best", "averis_hadamard", "averis_centered_hadamard"}
 QUICK_VARIANTS = {
     "averis+nearest", "averis+sr_all", "averis+mean_bf16", "averis_centered+per_sequence", "averis+x_only",
-    "averis_centered+d_only",
+    "averis_centered+d_only", "averis+fwd_bf16",
 }  # fmt: skip
 
 
 def rows(*quick: str):
-    """All rows as pytest parameters; `slow` but for those named (by default every recipe and one of each variant)."""
-    chosen = set(quick) or set(list_recipes()) | QUICK_VARIANTS
+    """All rows as pytest parameters; `slow` but for those named (by default what compiles fast)."""
+    chosen = set(quick) or set(list_recipes()) - SLOW_TO_COMPILE | QUICK_VARIANTS
     assert chosen <= set(ROWS)
     return [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in ROWS]
 

@@ -22,6 +22,7 @@ LEVELS = {
     "fp4jax.config": LEAF,
     "configs": LEAF,
     "fp4jax.numerics": 0,
+    "fp4jax.recipe_types": 1,
     "fp4jax.recipes": 1,
     "pallas_kernels": 1,
     "fp4jax.dot": 2,

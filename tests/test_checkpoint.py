@@ -105,6 +105,7 @@ def test_config_of_another_run_is_refused_with_every_difference(tmp_path):
 @pytest.mark.parametrize(
     ("key", "changes_the_run"),
     [
+        *(("policy", True), ("schedule", True)),
         *(("recipe", True), ("seed", True), ("batch_size", True), ("microbatches", True), ("seq_len", True)),
         *(
             ("model.rope_theta", True),
@@ -133,6 +134,13 @@ def test_key_that_the_checkpoint_does_not_know_had_its_default():
     config = default_config()
     config.optimizer.eps = 1e-6
     assert config_differences(saved, config) == ["optimizer.eps 1e-08 → 1e-06"]
+
+
+def test_long_values_are_cut_in_the_message():
+    config = default_config()
+    config.policy = str([["." * 200, "run"]])
+    (line,) = config_differences(default_config().to_dict(), config)
+    assert line.startswith("policy 'all_linear' → \"[['....") and line.endswith("...") and len(line) < 150
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ def test_defaults_are_valid_and_locked():
         ("checkpoint.every", 0, "checkpoint.every=0: must be at least 1"),
         ("checkpoint.asynchronous", 1, "checkpoint.asynchronous=1 is a int; it takes a bool"),
         ("log.every", True, "log.every=True is a bool; it takes a int"),
+        ("health.every", -1, "health.every=-1: must be 0 or more"),
         ("evaluation.batches", -1, "evaluation.batches=-1: must be 0 or more"),
     ],
 )

@@ -12,10 +12,8 @@ from tests.contract import assert_close, assert_identical, product, rows
 
 KEY = jax.random.key(5)
 # Programs that take long to compile: quick for every recipe and one split of the other kind.
-QUICK_DEEP = (*list_recipes(), "averis_centered+per_sequence")
-DEEP = [
-    p for p in rows(*QUICK_DEEP) if p.values[0] in QUICK_DEEP or p.values[0].startswith(("averis+", "averis_centered+"))
-]
+QUICK_DEEP = ("bf16", "nvfp4", "nvfp4_hadamard", "averis", "averis_centered", "averis_centered+per_sequence", "ternary")
+DEEP = [p for p in rows(*QUICK_DEEP) if p.values[0] in (*list_recipes(), *QUICK_DEEP, *contract.QUICK_VARIANTS)]
 SLOW_RECIPES = [pytest.param(name, marks=pytest.mark.slow) for name in list_recipes()]
 
 
@@ -32,19 +30,27 @@ def exact():
 def test_the_table_is_complete():
     assert set(list_recipes()) <= set(contract.ROWS)
     assert contract.ROWS.count("averis") == 1
-    assert sum(name.startswith("averis+") for name in contract.ROWS) == 6
+    assert sum(name.startswith("averis+") for name in contract.ROWS) == 10
     assert not [name for name in contract.ROWS if name.startswith("bf16+")]
+
+
+def worst(name):
+    """The largest error that a recipe may make: of one or two bits in a weight, and not of its rounding."""
+    return 0.8 if name.startswith("ternary") else 0.3
 
 
 @pytest.mark.parametrize("name", rows())
 def test_results(name):
     """Shapes and dtypes of the operands; finite; near the product in high precision, but not equal to it."""
+    gemms = recipe(name).fprop, recipe(name).dgrad, recipe(name).wgrad
     got = run(name)
-    for tensor, expected in zip(got, exact(), strict=True):
+    for tensor, expected, gemm in zip(got, exact(), gemms, strict=True):
         assert tensor.shape == expected.shape and tensor.dtype == np.float32
         assert np.isfinite(tensor).all()
         error = np.linalg.norm(tensor - expected) / np.linalg.norm(expected)
-        assert error < 1e-6 if recipe(name).is_high_precision else 1e-3 < error < 0.3
+        assert error < 1e-6 if gemm.is_high_precision else error < worst(name)
+    errors = [np.linalg.norm(a - b) for a, b in zip(got, exact(), strict=True)]
+    assert recipe(name).is_high_precision or max(errors) > 1e-3 * np.linalg.norm(exact()[0])
 
 
 @pytest.mark.parametrize("name", rows())
@@ -270,7 +276,7 @@ def test_values_in_every_shape(name):
             assert got.shape == tensor.shape and got.dtype == tensor.dtype
             error = np.linalg.norm(got - tensor) / np.linalg.norm(tensor)
             # Stochastic rounding of noise alone, and in averis of its mean too, costs up to 0.5.
-            assert error < (1e-6 if recipe(name).is_high_precision else 0.6)
+            assert error < (1e-6 if recipe(name).is_high_precision else max(0.6, 1.2 * worst(name)))
 
 
 @pytest.mark.slow

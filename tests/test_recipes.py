@@ -7,7 +7,17 @@ import pytest
 
 from fp4jax import recipes
 from fp4jax.numerics import NVFP4, Rounding
-from fp4jax.recipes import Center, Gemm, MeanAxes, MeanSplit, Operand, Recipe, as_recipe, list_recipes, recipe
+from fp4jax.recipes import (
+    Center,
+    Gemm,
+    MeanAxes,
+    MeanSplit,
+    Operand,
+    Recipe,
+    as_recipe,
+    list_recipes,
+    recipe,
+)  # fmt: skip
 
 HIGH = "high precision"
 RNE, SR = "NVFP4, 1x16, nearest", "NVFP4, 1x16, stochastic"
@@ -24,6 +34,28 @@ def centered(operand):
     return mean(operand, "quantized mean", RNE)
 
 
+def of_operands(forward, gradient):
+    return (forward, forward, gradient, forward, forward, gradient)
+
+
+def of_stages(forward, backward):
+    again = backward + COPY
+    return (forward, forward, backward, again, again, backward)
+
+
+COPY, FORWARDS = ", from the forward's copy", "the forward's copy"
+MXFP4_SR = "MXFP4, 1x32, stochastic, scales up"
+SIX_OR_FOUR, SIX_OR_FOUR_SR = (f"NVFP4-256, 1x16, {rounding}, 6 or 4" for rounding in ("nearest", "stochastic"))
+SIGNS = ", Hadamard-128 with fresh signs"
+EDEN = f"NVFP4-EDEN, 1x16, nearest{SIGNS}, corrected per 128, scales stochastic"
+OUTER, OUTER_SR = (f"NVFP4/128, 1x16, {rounding}" for rounding in ("nearest", "stochastic"))
+INT8 = "INT8, per vector, nearest"
+
+
+def low_rank(operand):
+    return f"{operand}, minus low rank 1.5% [{operand}]"
+
+
 # fprop.x, fprop.w, dgrad.g, dgrad.w, wgrad.x, wgrad.g
 SLOTS = {
     "bf16": (HIGH,) * 6,
@@ -36,7 +68,55 @@ SLOTS = {
         *(centered(RNE), RNE, centered(SR), RNE),
         *(centered(RNE + ROTATED), centered(SR + ROTATED)),
     ),
+    "fp8": of_operands("FP8 E4M3, per matrix, nearest", "FP8 E5M2, per matrix, nearest"),
+    "mxfp8": ("MXFP8, 1x32, nearest",) * 6,
+    "mxfp4": of_operands("MXFP4, 1x32, nearest", MXFP4_SR),
+    "four_over_six": of_operands(SIX_OR_FOUR, SIX_OR_FOUR_SR),
+    "quartet2": of_stages(SIX_OR_FOUR, EDEN),
+    "tetrajet2": of_stages(OUTER, OUTER_SR + ROTATED),
+    "metis": of_operands(low_rank(RNE), low_rank(SR)),
+    "ternary": (INT8, "sign, per vector, nearest", HIGH, FORWARDS, FORWARDS, HIGH),
+    "ternary_absmean": (INT8, "ternary, per matrix, nearest", HIGH, FORWARDS, FORWARDS, HIGH),
     # Variants.
+    "fp8+sr_all": of_operands("FP8 E4M3, per matrix, stochastic", "FP8 E5M2, per matrix, stochastic"),
+    "mxfp8+2d": tuple(f"MXFP8, {block}, nearest" for block in ("1x32", "32x32", "1x32", "32x32", "1x32", "1x32")),
+    "mxfp8+sr_all": ("MXFP8, 1x32, stochastic, scales up",) * 6,
+    "mxfp4+nearest": ("MXFP4, 1x32, nearest",) * 6,
+    "mxfp4+sr_all": (MXFP4_SR,) * 6,
+    "nvfp4+2d": (RNE, SQUARE, SR, SQUARE, RNE, SR),
+    "nvfp4+four_six": of_operands(SIX_OR_FOUR, SIX_OR_FOUR_SR),
+    "nvfp4+w_bf16": (RNE, HIGH, SR, HIGH, RNE, SR),
+    "nvfp4+fwd_bf16": (HIGH, HIGH, SR, RNE, RNE, SR),
+    "nvfp4_hadamard+four_six": (
+        *(SIX_OR_FOUR, SIX_OR_FOUR.replace("1x16", "16x16"), SIX_OR_FOUR_SR, SIX_OR_FOUR.replace("1x16", "16x16")),
+        *(f"NVFP4-256, 1x16, {rounding}{ROTATED}, 6 or 4" for rounding in ("nearest", "stochastic")),
+    ),
+    "averis_centered+four_six": (
+        *(mean(SIX_OR_FOUR, "quantized mean", SIX_OR_FOUR), SIX_OR_FOUR),
+        *(mean(SIX_OR_FOUR_SR, "quantized mean", SIX_OR_FOUR), SIX_OR_FOUR),
+        *(mean(x, "quantized mean", SIX_OR_FOUR) for x in (SIX_OR_FOUR, SIX_OR_FOUR_SR)),
+    ),
+    "averis+fwd_bf16": (HIGH, HIGH, mean(SR), RNE, mean(RNE), mean(SR)),
+    "quartet2+nearest": of_stages(
+        SIX_OR_FOUR, EDEN.replace(SIGNS, ", Hadamard-128").removesuffix(", scales stochastic")
+    ),
+    "quartet2+w_bf16": (
+        SIX_OR_FOUR,
+        HIGH,
+        EDEN,
+        "high precision" + SIGNS,
+        EDEN + COPY,
+        EDEN,
+    ),
+    "quartet2+fwd_bf16": (HIGH, HIGH, EDEN, EDEN, EDEN, EDEN),
+    "tetrajet2+sr_all": of_stages(OUTER_SR, OUTER_SR + ROTATED),
+    "metis+x_only": (low_rank(RNE), RNE, SR, RNE, low_rank(RNE), SR),
+    "metis+2d": (
+        *(low_rank(RNE), low_rank(RNE).replace("1x16", "16x16", 1), low_rank(SR)),
+        *(low_rank(RNE).replace("1x16", "16x16", 1), low_rank(RNE), low_rank(SR)),
+    ),
+    "metis+sr_all": (low_rank(SR),) * 6,
+    "ternary+w_bf16": (INT8, HIGH, HIGH, HIGH, FORWARDS, HIGH),
     "averis+nearest": (mean(RNE), RNE, mean(RNE), RNE, mean(RNE), mean(RNE)),
     "averis+sr_all": (mean(SR), SR, mean(SR), SR, mean(SR), mean(SR)),
     "nvfp4+nearest": (RNE,) * 6,
@@ -93,18 +173,29 @@ def test_slots_are_the_operands_of_the_gemms():
 
 
 @pytest.mark.parametrize(
-    "name, forward, gradient",
+    "name, forward, operand, gradient",
     [
-        ("bf16", False, False),
-        ("nvfp4", False, True),
-        ("averis", False, True),
-        ("averis+nearest", False, False),
-        ("averis+sr_all", True, True),
-        ("averis_centered+sr_all+x_only", True, True),
+        ("bf16", False, False, False),
+        ("nvfp4", False, False, True),
+        ("averis", False, False, True),
+        ("averis+nearest", False, False, False),
+        ("averis+sr_all", True, True, True),
+        ("averis_centered+sr_all+x_only", True, True, True),
+        ("fp8", False, False, False),
+        ("mxfp4", False, False, True),
+        ("mxfp4+sr_all", True, True, True),
+        ("quartet2", False, True, True),
+        ("quartet2+nearest", False, False, False),
+        ("quartet2+w_bf16", False, True, True),
+        ("tetrajet2", False, True, True),
+        ("metis", False, False, True),
+        ("metis+nearest", False, False, False),
+        ("ternary", False, False, False),
     ],
 )
-def test_draws(name, forward, gradient):
-    assert (recipe(name).forward_draws, recipe(name).gradient_draws) == (forward, gradient)
+def test_draws(name, forward, operand, gradient):
+    value = recipe(name)
+    assert (value.forward_draws, value.operand_draws, value.gradient_draws) == (forward, operand, gradient)
 
 
 def test_a_mean_that_draws_makes_its_recipe_draw():
@@ -112,7 +203,8 @@ def test_a_mean_that_draws_makes_its_recipe_draw():
     operand = Operand(NVFP4, split=split)
     assert operand.draws
     assert Recipe("mine", dgrad=Gemm(operand)).gradient_draws
-    assert Recipe("mine", wgrad=Gemm(operand)).forward_draws  # X is prepared in the forward
+    x = Recipe("mine", wgrad=Gemm(operand))
+    assert x.operand_draws and x.gradient_draws and not x.forward_draws  # for wgrad's copy alone
 
 
 def test_high_precision():
@@ -156,8 +248,10 @@ def test_str_is_the_table():
 
 
 def test_lists():
-    assert list(list_recipes())[:4] == ["bf16", "nvfp4", "nvfp4_hadamard", "averis"]
-    assert set(recipes.list_variants()) == {"nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence"}
+    assert list(list_recipes())[:5] == ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4"]
+    assert set(recipes.list_variants()) == {
+        *("nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence", "2d", "four_six", "w_bf16", "fwd_bf16")
+    }
     assert all(line and "\n" not in line for line in (list_recipes() | recipes.list_variants()).values())
 
 
@@ -175,7 +269,7 @@ def test_as_recipe():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("averes", "unknown recipe 'averes'; known: bf16, nvfp4,"),
+        ("averes", "unknown recipe 'averes'; known: bf16, fp8, mxfp8,"),
         ("", "unknown recipe ''"),
         ("averis+nearst", "unknown variant 'nearst' in 'averis.nearst'; known: nearest, sr_all,"),
         ("averis+", "unknown variant ''"),
@@ -185,10 +279,26 @@ def test_as_recipe():
         ("averis_centered+mean_bf16", "recipe averis_centered centres on the quantized mean"),
         ("bf16+nearest", "recipe bf16 rounds nothing"),
         ("bf16+sr_all", "recipe bf16 rounds nothing"),
-        ("nvfp4+mean_bf16", "recipe nvfp4 splits nothing off"),
-        ("nvfp4+per_sequence", "recipe nvfp4 splits nothing off"),
+        ("nvfp4+mean_bf16", "recipe nvfp4 splits no mean off"),
+        ("nvfp4+per_sequence", "recipe nvfp4 splits no mean off"),
         ("nvfp4+x_only", "recipe nvfp4 has no split left"),
         ("bf16+d_only", "recipe bf16 has no split left"),
+        ("metis+mean_bf16", "recipe metis splits no mean off"),
+        ("averis+x_only+d_only", "contradict or repeat"),
+        ("nvfp4+w_bf16+2d", "contradict or repeat"),
+        ("quartet2+sr_all", "recipe quartet2 has operands that only work rounded to nearest .NVFP4-EDEN"),
+        ("ternary+sr_all", "recipe ternary has operands that only work rounded to nearest .sign"),
+        ("ternary_absmean+sr_all", "recipe ternary_absmean has operands that only work rounded to nearest .ternary"),
+        ("fp8+2d", "recipe fp8 has no weights in 1x16 blocks to make square"),
+        ("nvfp4_hadamard+2d", "recipe nvfp4_hadamard has no weights in 1x16 blocks to make square"),
+        ("quartet2+2d", "recipe quartet2 cannot have square weight blocks: correction"),
+        ("tetrajet2+2d", "recipe tetrajet2 cannot have square weight blocks: .* one float32 scale"),
+        ("fp8+four_six", "recipe fp8 has no plain NVFP4 operand"),
+        ("four_over_six+four_six", "recipe four_over_six has no plain NVFP4 operand"),
+        ("quartet2+four_six", "recipe quartet2 has no plain NVFP4 operand"),
+        ("bf16+w_bf16", "recipe bf16 has no quantized weights"),
+        ("bf16+fwd_bf16", "recipe bf16 has its forward in high precision already"),
+        ("ternary+fwd_bf16", "recipe ternary quantizes nothing but the forward"),
     ],
 )
 def test_bad_names(name, message):
@@ -197,41 +307,25 @@ def test_bad_names(name, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "build, message",
-    [
-        (lambda: Operand(NVFP4, hadamard=32), "hadamard must be None or 16, got 32"),
-        (lambda: Operand(NVFP4, block=(8, 8)), r"block must be None or \(16, 16\), got \(8, 8\)"),
-        (lambda: Operand(block=(16, 16)), "neither blocks nor rounding"),
-        (lambda: Operand(rounding=Rounding.STOCHASTIC), "neither blocks nor rounding"),
-        (lambda: Gemm(Operand(hadamard=16), Operand()), "cancels only if both operands"),
-        (
-            lambda: Recipe("mine", fprop=Gemm(Operand(), Operand(NVFP4, split=MeanSplit(Center.MEAN, Operand())))),
-            "recipe mine: weights cannot be mean-split",
-        ),
-        (
-            lambda: Recipe(
-                "mine",
-                fprop=Gemm(Operand(NVFP4, split=MeanSplit(Center.MEAN, Operand()))),
-                wgrad=Gemm(Operand(NVFP4, split=MeanSplit(Center.MEAN, Operand(NVFP4)))),
-            ),
-            "recipe mine: both copies of X must be split alike",
-        ),
-        (
-            lambda: Recipe(
-                "mine",
-                dgrad=Gemm(Operand(NVFP4, split=MeanSplit(Center.MEAN, Operand()))),
-                wgrad=Gemm(Operand(), Operand(NVFP4, split=MeanSplit(Center.QUANTIZED_MEAN, Operand(NVFP4)))),
-            ),
-            "both copies of D must be split alike",
-        ),
-    ],
-)
-def test_contradictions_in_operands(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
+# ---------------------------------------------------------------- python -m fp4jax.recipes
 
 
-def test_one_copy_of_an_operand_may_go_unsplit():
-    split = MeanSplit(Center.MEAN, Operand(NVFP4))
-    assert Recipe("mine", fprop=Gemm(Operand(NVFP4, split=split), Operand(NVFP4)), wgrad=Gemm(Operand(NVFP4)))
+def test_command_prints_the_slots_of_the_recipes_named(capsys):
+    assert recipes.main(["quartet2", "averis+nearest"]) == 0
+    assert capsys.readouterr().out == f"{recipe('quartet2')}\n\n{recipe('averis+nearest')}\n"
+
+
+def test_command_without_a_name_lists_everything(capsys):
+    assert recipes.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, line in list_recipes().items():
+        assert any(text.split() == [name, *line.split()] for text in lines)
+    for name, line in recipes.list_variants().items():
+        assert any(text.split() == [f"+{name}", *line.split()] for text in lines)
+    assert max(map(len, lines)) <= 160
+
+
+def test_command_answers_a_wrong_name_in_one_line(capsys):
+    assert recipes.main(["averis", "avers"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: unknown recipe 'avers'; known: bf16, ") and err.count("\n") == 1

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float32, PyTree
 from fp4jax.models.llama import Llama, LlamaConfig
 from fp4jax.models.pretrained import LoadedModel, load, load_parameters
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
-from fp4jax.policy import policy
+from fp4jax.policy import Policy, policy
+from fp4jax.recipes import Recipe
+from fp4jax.statistics import Monitor
 
 __all__ = [
     "Llama",
@@ -20,6 +22,7 @@ __all__ = [
     "Qwen3",
     "Qwen3Config",
     "build",
+    "linear_recipes",
     "load",
     "load_parameters",
     "loss",
@@ -35,28 +38,38 @@ def build(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
     Raises:
       ValueError: an unknown model, recipe or policy, or sizes that do not fit together.
     """
+    model, sizes, chosen = _parts(config)
+    return model(sizes, policy=chosen, rngs=rngs, backend=config.backend, gemm=config.gemm)
+
+
+def linear_recipes(config: ml_collections.ConfigDict) -> dict[str, Recipe]:
+    """The recipe of every linear layer by its path, as `config.policy` gives them out; nothing is built.
+
+    Raises:
+      ValueError: as `build`.
+    """
+    _, sizes, chosen = _parts(config)
+    return chosen.assign(sizes.linear_paths)
+
+
+def _parts(config: ml_collections.ConfigDict) -> tuple[type[nnx.Module], Qwen3Config, Policy]:
     if config.model.name not in _MODELS:
         raise ValueError(f"unknown model {config.model.name!r}; known: {', '.join(_MODELS)}")
     model, model_config = _MODELS[config.model.name]
-    return model(
-        model_config.from_config(config.model),
-        policy=policy(config.policy, config.recipe),
-        rngs=rngs,
-        backend=config.backend,
-        gemm=config.gemm,
-    )
+    sizes = model_config.from_config(config.model)
+    return model, sizes, policy(config.policy, config.recipe, sizes.linear_paths)
 
 
 def loss(
-    model: nnx.Module, batch: dict[str, Array], *, key=None, weights: PyTree = None
+    model: nnx.Module, batch: dict[str, Array], *, key=None, weights: PyTree = None, monitor: Monitor | None = None
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of negative log-likelihoods (nats) of the real targets, and their number.
 
     Args:
       batch: tokens and targets int[B, T], loss_mask [B, T] (0: no target).
-      key, weights: as the model takes them.
+      key, weights, monitor: as the model takes them.
     """
-    logits_BxTxV = model(batch["tokens"], key=key, weights=weights)
+    logits_BxTxV = model(batch["tokens"], key=key, weights=weights, monitor=monitor)
     log_normalizer = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     chosen = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
     mask = batch["loss_mask"].astype(jnp.float32)

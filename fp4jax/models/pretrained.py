@@ -53,13 +53,14 @@ class LoadedModel:
 
         Args:
           recipe: what the policy of that name gives to its layers.
-          policy: a name (`fp4jax.policy.policy`), or a `Policy`, which has its own recipes: `recipe` is not used.
+          policy: a name, rules or a file (`fp4jax.policy.policy`), or a `Policy`, which has its own recipes: `recipe`
+            is not used.
           backend, gemm: as in `fp4jax.dot_general`.
 
         Raises:
           ValueError: an unknown recipe or policy, or a rule that matches no layer.
         """
-        chosen = policy if isinstance(policy, Policy) else policies.policy(policy, recipe)
+        chosen = policy if isinstance(policy, Policy) else policies.policy(policy, recipe, self.config.linear_paths)
         graphdef, state = nnx.split(_abstract(self.config, chosen, backend, gemm))
         filled = [(path, variable.replace(self.params[_dotted(path)])) for path, variable in nnx.to_flat_state(state)]
         return nnx.merge(graphdef, nnx.from_flat_state(filled))

@@ -23,6 +23,7 @@ from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
 from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate
 from fp4jax.policy import Policy
 from fp4jax.recipes import Recipe
+from fp4jax.statistics import GRADIENT_STATISTICS, Monitor
 
 LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -74,6 +75,11 @@ class Qwen3Config:
     def from_config(cls, model: ml_collections.ConfigDict) -> "Qwen3Config":
         """From the `model` group of a configuration."""
         return cls(**{field.name: model[field.name] for field in dataclasses.fields(cls)})
+
+    @property
+    def linear_paths(self) -> tuple[str, ...]:
+        """The paths of the blocks' linear layers, which policies match."""
+        return tuple(f"layers.{layer}.{linear}" for layer in range(self.num_layers) for linear in LINEARS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +138,10 @@ class Block(nnx.Module):
         group, name = linear.split(".")
         return getattr(getattr(self, group), name).kernel[...]
 
-    def __call__(self, x_BxTxD, rope, products: _Products, weights, key):
-        """One layer. `weights`: prepared kernels by name, or None; `key`: the layer's, or None."""
+    def __call__(self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None):
+        """One layer. `weights`: prepared kernels by name, or None; `key`, `monitor`: the layer's, or None."""
         c, (batch, length, _) = self.config, x_BxTxD.shape
-        linears = functools.partial(self._linears, products=products, weights=weights, key=key)
+        linears = functools.partial(self._linears, products=products, weights=weights, key=key, monitor=monitor)
         q, k, v = linears(LINEARS[:3], self.input_layernorm(x_BxTxD))
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (x.reshape(batch, length, -1, c.head_dim) for x in (q, k, v))
         if c.qk_norm:
@@ -146,7 +152,7 @@ class Block(nnx.Module):
         gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], self.post_attention_layernorm(x_BxTxD))
         return x_BxTxD + linears(LINEARS[6:], jax.nn.silu(gate_BxTxF) * up_BxTxF)[0]
 
-    def _linears(self, names, x, *, products: _Products, weights, key):
+    def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None):
         """The products of one input with several kernels; x is prepared once for each recipe among them."""
         prepared, outputs = {}, []
         for name in names:
@@ -156,10 +162,13 @@ class Block(nnx.Module):
                 prepared[recipe] = prepare(x, recipe, key=linear_key, backend=products.backend)
             kernel = self.kernel(name)
             output = dot_general(
-                x, kernel.astype(x.dtype) if recipe.is_high_precision else kernel, (((2,), (0,)), ((), ())),
+                x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel, (((2,), (0,)), ((), ())),
                 preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
                 rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
+                probe=None if monitor is None else monitor.probes[name],
             )  # fmt: skip
+            if monitor is not None:
+                monitor.record(name, x, prepared[recipe], kernel, weights[name], recipe)
             outputs.append(output)
         return outputs
 
@@ -188,44 +197,59 @@ class Qwen3(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
 
-    def __call__(self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None) -> Float32[Array, "B T V"]:
+    def __call__(
+        self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None, monitor: Monitor | None = None
+    ) -> Float32[Array, "B T V"]:
         """Logits of the next token at every position.
 
         Args:
           key: a JAX random key, needed when differentiating a recipe that rounds stochastically.
           weights: what `prepare_weights` returned for these parameters; None prepares them on the way.
+          monitor: takes statistics of every linear layer (its probes: `self.probes()`); needs `weights`.
         """
-        hidden = self.hidden(tokens_BxT, key=key, weights=weights)
+        hidden = self.hidden(tokens_BxT, key=key, weights=weights, monitor=monitor)
         head = self.embedding if self.config.tie_embeddings else self.lm_head
         return lax.dot_general(
             hidden, head[...].astype(hidden.dtype), (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
 
-    def hidden(self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None) -> Float[Array, "B T D"]:
+    def hidden(
+        self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None, monitor: Monitor | None = None
+    ) -> Float[Array, "B T D"]:
         """The normalized output of the last layer."""
         c = self.config
         x_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0).astype(c.dtype)
         rope = rotary_angles(tokens_BxT.shape[1], c.head_dim, c.rope_theta)
         for index, segment in enumerate(self.segments):
-            x_BxTxD = self._scan(x_BxTxD, rope, segment, None if weights is None else weights[index], key)
+            x_BxTxD = self._scan(x_BxTxD, rope, segment, None if weights is None else weights[index], key, monitor)
         return self.norm(x_BxTxD)
+
+    def probes(self) -> dict[str, Float32[Array, "L s"]]:
+        """Zeros for a `Monitor`: their cotangents are GRADIENT_STATISTICS of every linear layer."""
+        return {name: jnp.zeros((self.config.num_layers, len(GRADIENT_STATISTICS)), jnp.float32) for name in LINEARS}
 
     def prepare_weights(self, key) -> PyTree:
         """Every kernel prepared under its recipe, to be used by several calls with the same parameters."""
         return [self._prepare_segment(segment, key) for segment in self.segments]
 
-    def _scan(self, x_BxTxD, rope, segment, weights, key):
+    def _scan(self, x_BxTxD, rope, segment, weights, key, monitor: Monitor | None):
         layers, products = segment
         graphdef, state = nnx.split(self.layers)
 
         def one_layer(x_BxTxD, per_layer):
-            state, weights, index = per_layer
-            return nnx.merge(graphdef, state)(x_BxTxD, rope, products, weights, _fold(key, index)), None
+            state, weights, index, probes = per_layer
+            own = None if probes is None else Monitor(probes)
+            x_BxTxD = nnx.merge(graphdef, state)(x_BxTxD, rope, products, weights, _fold(key, index), own)
+            return x_BxTxD, None if own is None else own.forward
 
         if self.config.remat != "none":
             checkpoint_policy = _CHECKPOINT_POLICIES[self.config.remat]
             one_layer = jax.checkpoint(one_layer, policy=checkpoint_policy, prevent_cse=False)
-        return lax.scan(one_layer, x_BxTxD, (_slice(state, layers), weights, _indices(layers)))[0]
+        probes = None if monitor is None else _slice(monitor.probes, layers)
+        x_BxTxD, forward = lax.scan(one_layer, x_BxTxD, (_slice(state, layers), weights, _indices(layers), probes))
+        if monitor is not None:
+            monitor.append(forward)
+        return x_BxTxD
 
     def _prepare_segment(self, segment, key):
         layers, products = segment
@@ -235,7 +259,8 @@ class Qwen3(nnx.Module):
             kernels, layer = per_layer
             prepared = {}
             for index, (name, recipe) in enumerate(zip(LINEARS, products.recipes, strict=True)):
-                kernel = kernels[name].astype(self.config.dtype) if recipe.is_high_precision else kernels[name]
+                high_precision = recipe.fprop.is_high_precision
+                kernel = kernels[name].astype(self.config.dtype) if high_precision else kernels[name]
                 layer_key = _fold(_fold(key, layer), index)
                 prepared[name] = prepare(kernel, recipe, "rhs", layer_key, backend=products.backend)
             return prepared
@@ -246,11 +271,11 @@ class Qwen3(nnx.Module):
 
 def _segments(config: Qwen3Config, policy: Policy, backend: str, gemm: str) -> tuple[tuple[range, _Products], ...]:
     """Runs of neighbouring layers whose recipes agree: each is one scan."""
-    names = [[f"layers.{layer}.{linear}" for linear in LINEARS] for layer in range(config.num_layers)]
-    assigned = policy.assign(name for layer in names for name in layer)
+    recipes = tuple(policy.assign(config.linear_paths).values())
     segments = []
-    for layer, paths in enumerate(names):
-        products = _Products(tuple(assigned[path] for path in paths), backend, gemm)
+    for layer in range(config.num_layers):
+        first = layer * len(LINEARS)
+        products = _Products(recipes[first : first + len(LINEARS)], backend, gemm)
         if segments and segments[-1][1] == products:
             segments[-1] = (range(segments[-1][0].start, layer + 1), products)
         else:

@@ -21,7 +21,9 @@ tests freezes it.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Integer, Key, UInt32
+from jaxtyping import Array, Float32, Integer, Key, UInt32
+
+SCALES = 0x5CA1E  # the stream of block scales inside the stream of the elements they scale
 
 _WEYL = 0x9E3779B9
 _SALT = 0x85EBCA6B
@@ -74,6 +76,12 @@ def draws(
     b = mix(a + second)
     h = mix((a + (column >> 1) * jnp.uint32(_WEYL)) ^ b)
     return jnp.where(column & 1 == 1, h >> 16, h & jnp.uint32(0xFFFF))
+
+
+def signs(words: UInt32[Array, "2"], size: int) -> Float32[Array, " size"]:
+    """`size` random signs, +1 or -1: the low bits of one row of draws."""
+    drawn = draws(words, jnp.zeros((1,), jnp.uint32), lax.iota(jnp.uint32, size), jnp.zeros((1,), jnp.uint32))
+    return jnp.where(drawn & 1 == 1, jnp.float32(-1), jnp.float32(1))
 
 
 def matrix_draws(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
 from fp4jax.numerics import formats, rounding
 
@@ -14,28 +14,31 @@ from fp4jax.numerics import formats, rounding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """Codes, block scales and tensor maximum of a quantized array; value = element × block scale × tensor scale.
+    """Codes and scales of a quantized array; value = element × block scale × float32 scale.
 
     Invariants (`validate` checks them):
-      * `codes` holds two 4-bit codes a byte along `axis` (low nibble = even index) and is zero-padded to whole blocks.
+      * `codes` holds two 4-bit codes a byte along `axis` (low nibble = even index), or one code a byte for elements
+        that are wider or have no blocks; it is zero-padded to whole blocks.
       * `scales` has one byte for each block (sign bit clear): the size of a blocked axis divided by the block, the full
         size elsewhere. Bytes and not `float8_e4m3fn`, because `jax.checkpoint` passes what it saves through
-        `lax.reduce_precision`, whose 4 + 3 bits end at 240 and would turn the scale 448 into infinity.
-      * `amax` is float32 with one entry for each matrix of the batch: size 1 on every other axis.
+        `lax.reduce_precision`, whose 4 + 3 bits end at 240 and would turn the scale 448 into infinity. None for formats
+        without blocks.
+      * `amax` is float32 with one entry for each extent of the float32 scale: size 1 on axes that share one (for NVFP4
+        all behind the batch). None for formats without such a scale.
       * axes in `blocked` are negative, so that a leading axis may be added (vmap) or sliced (scan).
 
     Attributes:
-      codes: packed element codes.
+      codes: element codes.
       scales: codes of the block scales (E4M3 for NVFP4).
-      amax: the tensor's largest magnitude, from which the tensor scale follows.
+      amax: the largest magnitude (the mean one, for some formats), from which the float32 scale follows.
       format: the number format.
-      axis: the axis (negative) along which codes are packed.
+      axis: the axis (negative) of the contraction to come, along which codes are packed.
       blocked: (axis, logical size) of every blocked axis: one for 1x16 blocks, two for 16x16.
     """
 
     codes: UInt8[Array, "..."]
-    scales: UInt8[Array, "..."]
-    amax: Float32[Array, "..."]
+    scales: UInt8[Array, "..."] | None
+    amax: Float32[Array, "..."] | None
     format: formats.Format = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
     blocked: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
@@ -44,7 +47,8 @@ class QTensor:
     def padded_shape(self) -> tuple[int, ...]:
         """Shape in whole blocks."""
         shape = list(self.codes.shape)
-        shape[self.axis] *= 2
+        if self.format.packs:
+            shape[self.axis] *= 2
         return tuple(shape)
 
     @property
@@ -56,60 +60,105 @@ class QTensor:
         return tuple(shape)
 
     @property
-    def tensor_scale(self) -> Float32[Array, "..."]:
-        """amax / 2688 for NVFP4.
+    def element_codes(self) -> UInt32[Array, "..."]:
+        """One code (sign above magnitude) for every element, padding included."""
+        return rounding.unpack(self.codes, self.axis) if self.format.packs else self.codes.astype(jnp.uint32)
+
+    @property
+    def tensor_scale(self) -> Float32[Array, "..."] | None:
+        """The float32 scales, shaped like `amax`: amax / 2688 for NVFP4.
 
         XLA turns a division by a constant or a broadcast scalar into an inexact multiplication by its reciprocal, even
         one behind an optimization barrier: so the divisor depends on amax, to no effect.
         """
+        if self.amax is None:
+            return None
         return self.amax / jnp.where(self.amax > 0, np.float32(self.format.range), np.float32(1))
 
     def values(self, dtype=jnp.float32, padded: tuple[int, ...] = ()) -> Float[Array, "..."]:
-        """Element × block scale, without the tensor scale: at most 6 significant bits, exact in bfloat16.
+        """Element × block scale, without the float32 scale: at most 8 significant bits (NVFP4: 6), exact in bfloat16.
 
         Args:
           dtype: float32 or bfloat16.
           padded: axes (negative) that keep their padding; the others are cut to their logical size.
         """
-        elements = rounding.decode(rounding.unpack(self.codes, self.axis), self.format.element)
+        return self._cut(self._padded_values().astype(dtype), padded)
+
+    def scaled_values(self, padded: tuple[int, ...] = ()) -> Float32[Array, "..."]:
+        """The represented values, with the padding of the axes in `padded`."""
+        scale, values = self.tensor_scale, self._padded_values()
+        if scale is None:
+            return self._cut(values, padded)
+        if isinstance(self.format.outer, int):
+            scale = jnp.repeat(scale, self.format.outer, axis=self.axis)
+        return self._cut(values * scale, padded)
+
+    def dequantize(self, dtype=jnp.float32) -> Float[Array, "..."]:
+        """The represented values, shape `self.shape`."""
+        return self.scaled_values().astype(dtype)
+
+    def _padded_values(self):
+        elements = rounding.decode(self.element_codes, self.format.element)
+        if self.scales is None:
+            return elements
         scales = rounding.decode_scale(self.scales, self.format.scale)
         for axis, _ in self.blocked:
             scales = jnp.repeat(scales, self.format.block, axis=axis)
-        values = (elements * scales).astype(dtype)
+        return elements * scales
+
+    def _cut(self, values, padded):
         for axis, size in self.blocked:
             if axis not in padded:
                 values = lax.slice_in_dim(values, 0, size, axis=axis % values.ndim)
         return values
 
-    def dequantize(self, dtype=jnp.float32) -> Float[Array, "..."]:
-        """The represented values, shape `self.shape`."""
-        return (self.values() * self.tensor_scale).astype(dtype)
-
     def validate(self) -> None:
         """Raises ValueError naming the first invariant of this class that does not hold; not under jit."""
-        padded = self.padded_shape
-        scales = list(padded)
-        batch_dims = max((i + 1 for i, size in enumerate(self.amax.shape) if size > 1), default=0)
-        per_matrix = self.amax.shape == padded[:batch_dims] + (1,) * (len(padded) - batch_dims)
-        amax_ok = per_matrix and all(batch_dims <= len(padded) + axis for axis, _ in self.blocked)
-        amax = f"{self.amax.dtype}{list(self.amax.shape)}"
+        padded, format = self.padded_shape, self.format
         for axis, size in self.blocked:
-            scales[axis] //= self.format.block
-            if axis >= 0 or padded[axis] != -(-size // self.format.block) * self.format.block:
+            if axis >= 0 or padded[axis] != -(-size // format.granularity) * format.granularity:
                 raise ValueError(f"QTensor: axis {axis} of logical size {size} cannot be padded to {padded[axis]}")
-        checks = (
-            (self.codes.dtype == jnp.uint8, f"codes must be uint8, got {self.codes.dtype}"),
-            (self.scales.dtype == jnp.uint8, f"scales must be uint8, got {self.scales.dtype}"),
-            (self.scales.shape == tuple(scales), f"scales must have shape {tuple(scales)}, got {self.scales.shape}"),
-            (self.amax.dtype == jnp.float32 and amax_ok, f"amax must be float32 with one entry a matrix, got {amax}"),
-            (self.axis in dict(self.blocked), f"packing axis {self.axis} is not among the blocked {self.blocked}"),
-        )
-        for holds, message in checks:
+        for holds, message in (*self._scale_checks(), *self._amax_checks()):
             if not holds:
                 raise ValueError(f"QTensor: {message}")
-        if jnp.any(lax.bitcast_convert_type(self.scales, jnp.uint8) >> 7 == 1):
-            raise ValueError("QTensor: scales must be non-negative, got a byte with its sign bit set")
-        codes = rounding.unpack(self.codes, self.axis)
+        codes = self.element_codes
+        if jnp.any(codes >> (format.element.width + 1)):
+            raise ValueError(f"QTensor: codes of {format.element.name} have {format.element.width + 1} bits")
         for axis, size in self.blocked:
             if jnp.any(lax.slice_in_dim(codes, size, padded[axis], axis=axis % codes.ndim)):
                 raise ValueError(f"QTensor: codes must be zero in the padding of axis {axis}, from index {size} on")
+
+    def _scale_checks(self):
+        shape = list(self.padded_shape)
+        for axis, _ in self.blocked:
+            shape[axis] //= self.format.block
+        if self.format.block is None:
+            return [
+                (self.codes.dtype == jnp.uint8, f"codes must be uint8, got {self.codes.dtype}"),
+                (self.scales is None and not self.blocked, f"{self.format} has no blocks and no block scales"),
+            ]
+        dtype, got = self.scales.dtype, self.scales.shape
+        signed = dtype == jnp.uint8 and self.format.scale.has_zero and bool(jnp.any(self.scales >> 7 == 1))
+        return [
+            (self.codes.dtype == jnp.uint8, f"codes must be uint8, got {self.codes.dtype}"),
+            (dtype == jnp.uint8, f"scales must be uint8, got {dtype}"),
+            (got == tuple(shape), f"scales must have shape {tuple(shape)}, got {got}"),
+            (self.axis in dict(self.blocked), f"packing axis {self.axis} is not among the blocked {self.blocked}"),
+            (not signed, "scales must be non-negative, got a byte with its sign bit set"),
+        ]
+
+    def _amax_checks(self):
+        outer, padded = self.format.outer, self.padded_shape
+        if outer is None:
+            return [(self.amax is None, f"{self.format} has no float32 scale")]
+        shape = list(padded)
+        if outer is formats.Extent.MATRIX:
+            batch_dims = max((i + 1 for i, size in enumerate(self.amax.shape) if size > 1), default=0)
+            shape[batch_dims:] = [1] * (len(padded) - batch_dims)
+            fits = all(batch_dims <= len(padded) + axis for axis, _ in self.blocked)
+            what = "one entry a matrix"
+        else:
+            shape[self.axis] = 1 if outer is formats.Extent.VECTOR else shape[self.axis] // outer
+            fits, what = True, f"shape {tuple(shape)}"
+        good = self.amax.dtype == jnp.float32 and self.amax.shape == tuple(shape) and fits
+        return [(good, f"amax must be float32 with {what}, got {self.amax.dtype}{list(self.amax.shape)}")]

@@ -19,7 +19,9 @@ from fp4jax.numerics import formats
 
 _TO_INTEGER = 2.0**23
 _TO_FIXED_POINT = 2.0**7
-_FIXED_POINT_ONE = 1 << 16
+_FLOAT32_BIAS = 127
+_FLOAT32_MANTISSA_BITS = 23
+_FEW_PIECES = 3  # beyond so many octaves, bit operations are cheaper than a minimum of lines
 
 
 def _bits(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -37,6 +39,8 @@ def encode_nearest(x: Float32[Array, "*shape"], element: formats.Float) -> UInt3
 
     Source: OCP Microscaling v1.0, section 5.3; .25 → 0, .75 → 1, 1.25 → 1, 1.75 → 2, 2.5 → 2, 3.5 → 4, 5 → 4 for E2M1.
     """
+    if len(element.code_pieces) > _FEW_PIECES:
+        return _with_sign(_nearest_code(jnp.minimum(jnp.abs(x), element.max), element), x, element)
     return _with_sign(_bits(_code_position(jnp.abs(x), element, _TO_INTEGER)), x, element)
 
 
@@ -56,8 +60,7 @@ def encode_stochastic(
 
 
 def _with_sign(code, x, element: formats.Float):
-    width = element.exponent_bits + element.mantissa_bits
-    return (code & jnp.uint32((1 << width) - 1)) | (_bits(x) >> 31 << width)
+    return (code & jnp.uint32((1 << element.width) - 1)) | (_bits(x) >> 31 << element.width)
 
 
 def decode(code: UInt32[Array, "*shape"], element: formats.Float) -> Float32[Array, "*shape"]:
@@ -65,37 +68,82 @@ def decode(code: UInt32[Array, "*shape"], element: formats.Float) -> Float32[Arr
 
     The magnitude is convex and piecewise linear in the code: the maximum of the inverted pieces.
     """
-    width = element.exponent_bits + element.mantissa_bits
-    position = (code & jnp.uint32((1 << width) - 1)).astype(jnp.int32).astype(jnp.float32)
-    pieces = [position * (1 / slope) + (-offset / slope) for slope, offset in element.code_pieces]
-    sign = (code >> width) << 31
-    return lax.bitcast_convert_type(_bits(functools.reduce(jnp.maximum, pieces)) | sign, jnp.float32)
+    magnitude = code & jnp.uint32((1 << element.width) - 1)
+    if len(element.magnitudes) == 1:
+        value = jnp.full(code.shape, element.magnitudes[0], jnp.float32)
+    elif len(element.code_pieces) > _FEW_PIECES:
+        value = _decode_magnitude(magnitude, element)
+    else:
+        position = magnitude.astype(jnp.int32).astype(jnp.float32)
+        pieces = [position * (1 / slope) + (-offset / slope) for slope, offset in element.code_pieces]
+        value = functools.reduce(jnp.maximum, pieces)
+    return lax.bitcast_convert_type(_bits(value) | (code >> element.width) << 31, jnp.float32)
 
 
 def encode_scale(x: Float32[Array, "*shape"], scale: formats.Float) -> UInt8[Array, "*shape"]:
-    """Byte of the nearest value of `scale`, ties to even, for 0 <= x <= scale.max; NaN keeps NaN's byte.
+    """Byte of the nearest value of `scale`, ties to even, for 0 <= x <= scale.max; NaN keeps NaN's byte."""
+    return jnp.where(jnp.isnan(x), _nan(scale), _nearest_code(x, scale)).astype(jnp.uint8)
 
-    Normal numbers are rounded on their bits, subnormals by adding the power of two whose last place is their spacing.
+
+def encode_scale_stochastic(
+    x: Float32[Array, "*shape"], scale: formats.Float, draw: UInt32[Array, "*shape"]
+) -> UInt8[Array, "*shape"]:
+    """Byte of one of x's two neighbours in `scale`, so that the mean over draws is x; NaN keeps NaN's byte."""
+    return jnp.where(jnp.isnan(x), _nan(scale), encode_stochastic(x, scale, draw)).astype(jnp.uint8)
+
+
+def encode_power_of_two(
+    amax: Float32[Array, "*shape"], element: formats.Float, scale: formats.Float, rounding: formats.ScaleRounding
+) -> UInt8[Array, "*shape"]:
+    """Byte of a block's power-of-two scale from its largest magnitude; infinities and NaN give NaN's byte.
+
+    DOWN is OCP Microscaling v1.0, section 6.3: 2^(floor(log2 amax) - emax). UP is the smallest power of two under which
+    amax / scale does not exceed the largest element.
     """
-    drop = 23 - scale.mantissa_bits
-    bits = _bits(x)
-    half_to_even = (bits >> drop & 1) + jnp.uint32((1 << (drop - 1)) - 1)
-    normal = (bits + half_to_even >> drop) - jnp.uint32((127 - scale.bias) << scale.mantissa_bits)
-    subnormal = _bits(x + scale.ulp_of_subnormals * _TO_INTEGER) & jnp.uint32(0xFF)
-    code = jnp.where(x < 2.0**scale.min_exponent, subnormal, normal)
-    nan = jnp.uint32((1 << (scale.exponent_bits + scale.mantissa_bits)) - 1)
-    return jnp.where(jnp.isnan(x), nan, code).astype(jnp.uint8)
+    if rounding is formats.ScaleRounding.UP:
+        quotient = _bits(amax * jnp.float32(1 / element.max))
+        exponent = (quotient >> _FLOAT32_MANTISSA_BITS) + ((quotient << 9) != 0).astype(jnp.uint32)
+        offset = 0
+    else:
+        exponent = _bits(amax) >> _FLOAT32_MANTISSA_BITS
+        offset = element.max_exponent
+    shift = jnp.int32(_FLOAT32_BIAS + offset - scale.bias)
+    code = jnp.maximum(exponent.astype(jnp.int32) - shift, 0).astype(jnp.uint32)
+    return jnp.where(jnp.isfinite(amax), jnp.minimum(code, _nan(scale) - 1), _nan(scale)).astype(jnp.uint8)
 
 
 def decode_scale(code: UInt8[Array, "*shape"], scale: formats.Float) -> Float32[Array, "*shape"]:
-    """Values of non-negative scale bytes, float32."""
+    """Values of scale bytes, float32. E8M0's lowest, 2^-127, is a denormal that XLA flushes: it is taken as zero."""
     code = code.astype(jnp.uint32)
-    shift = 23 - scale.mantissa_bits
-    normal = lax.bitcast_convert_type((code << shift) + jnp.uint32((127 - scale.bias) << 23), jnp.float32)
-    subnormal = code.astype(jnp.int32).astype(jnp.float32) * scale.ulp_of_subnormals
-    nan = (1 << (scale.exponent_bits + scale.mantissa_bits)) - 1
-    value = jnp.where(code < (1 << scale.mantissa_bits), subnormal, normal)
-    return jnp.where(code == nan, jnp.nan, value)
+    return jnp.where(code == _nan(scale), jnp.nan, _decode_magnitude(code, scale))
+
+
+def _nan(scale: formats.Float):
+    return jnp.uint32((1 << scale.width) - 1)
+
+
+def _nearest_code(x, element: formats.Float):
+    """Code of the nearest value for 0 <= x <= element.max.
+
+    Normal numbers are rounded on their bits, subnormals by adding the power of two whose last place is their spacing.
+    """
+    drop = _FLOAT32_MANTISSA_BITS - element.mantissa_bits
+    bits = _bits(x)
+    half_to_even = (bits >> drop & 1) + jnp.uint32((1 << (drop - 1)) - 1)
+    normal = (bits + half_to_even >> drop) - jnp.uint32((_FLOAT32_BIAS - element.bias) << element.mantissa_bits)
+    subnormal = _bits(x + element.ulp_of_subnormals * _TO_INTEGER) & jnp.uint32(0xFF)
+    return jnp.where(x < 2.0**element.min_exponent, subnormal, normal)
+
+
+def _decode_magnitude(code, element: formats.Float):
+    shift = _FLOAT32_MANTISSA_BITS - element.mantissa_bits
+    normal = lax.bitcast_convert_type(
+        (code << shift) + jnp.uint32((_FLOAT32_BIAS - element.bias) << _FLOAT32_MANTISSA_BITS), jnp.float32
+    )
+    if not element.has_zero:
+        return normal
+    subnormal = code.astype(jnp.int32).astype(jnp.float32) * element.ulp_of_subnormals
+    return jnp.where(code < (1 << element.mantissa_bits), subnormal, normal)
 
 
 def pack(codes: UInt32[Array, "*shape"], axis: int) -> UInt8[Array, "*packed"]:

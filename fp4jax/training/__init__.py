@@ -6,8 +6,10 @@ make_mesh          the devices as a grid of Auto axes data, fsdp, tensor; where 
 TrainState         step, parameters, optimizer state; created in shards (state.py)
 make_optimizer     AdamW with warm-up + cosine, clipping, decay on matrices (optimizer.py)
 make_train_step    gradients over microbatches and the update, one compilation (step.py)
+make_health_step   statistics of all operands and the exact gradient, every config.health.every steps (health.py)
 """
 
+from fp4jax.training.health import make_health_step
 from fp4jax.training.loop import train
 from fp4jax.training.mesh import make_mesh
 from fp4jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -21,6 +23,7 @@ __all__ = [
     "create_state",
     "evaluate_workdir",
     "learning_rate_schedule",
+    "make_health_step",
     "make_loss_step",
     "make_mesh",
     "make_optimizer",

@@ -1,6 +1,7 @@
 """What a person sees: one table at the start, then a progress bar (a line now and then where there is no terminal)."""
 
 import os
+from collections.abc import Iterable
 
 import jax
 import ml_collections
@@ -9,9 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from fp4jax import models
 from fp4jax.dot import implementation
-from fp4jax.recipes import Recipe
+from fp4jax.policy import describe
+from fp4jax.recipes import Recipe, recipe
 from fp4jax.training.estimate import duration
+from fp4jax.training.schedule import Phase
+
+MAX_POLICY = 60
+"""Characters of a policy that are shown; one from a file is here as its rules."""
 
 
 def make_console() -> Console:
@@ -22,17 +29,23 @@ def make_console() -> Console:
     return console
 
 
-def _products(config: ml_collections.ConfigDict, recipe: Recipe) -> str:
+def _products(config: ml_collections.ConfigDict, recipes: Iterable[Recipe]) -> str:
     """What really multiplies."""
     quantizer, dtype = implementation(config.backend, config.gemm)
-    if recipe.is_high_precision:
+    if all(recipe.is_high_precision for recipe in recipes):
         return f"{config.model.dtype}, accumulated in float32"
     return f"FP4 emulated in {dtype}, accumulated in float32; quantizer: {quantizer.__name__}"
 
 
+def _policy(config: ml_collections.ConfigDict) -> str:
+    """The policy and what it gives `config.recipe` to."""
+    name = config.policy if len(config.policy) <= MAX_POLICY else f"{config.policy[: MAX_POLICY - 3]}..."
+    return f"{name}: {describe(models.linear_recipes(config))}"
+
+
 def start_table(
     config: ml_collections.ConfigDict,
-    recipe: Recipe,
+    phases: tuple[Phase, ...],
     mesh: Mesh,
     parameters: tuple[int, int],
     state_bytes: int,
@@ -42,6 +55,7 @@ def start_table(
     """Returns the table of what will run, where, and for how long.
 
     Args:
+      phases: the recipes in the order in which they run.
       parameters: (total, without embedding).
       state_bytes: parameters and optimizer state, over all devices.
       first_step: steps that were already done.
@@ -54,9 +68,12 @@ def start_table(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("model", f"{config.model.name}: {total:,} parameters, {without_embedding:,} without embedding")
-    table.add_row("recipe", str(recipe))
-    table.add_row("policy", config.policy)
-    table.add_row("GEMM", _products(config, recipe))
+    recipes = tuple(recipe(name) for name in dict.fromkeys(phase.recipe for phase in phases))
+    table.add_row("recipe", "\n".join(map(str, recipes)))
+    if config.schedule:
+        table.add_row("schedule", "\n".join(map(str, phases)))
+    table.add_row("policy", _policy(config))
+    table.add_row("GEMM", _products(config, recipes))
     table.add_row("mesh", describe_mesh(mesh))
     table.add_row("device", describe_devices(mesh))
     table.add_row("state", f"{state_bytes / 1e9:.2f} GB (float32 parameters and two moments)")

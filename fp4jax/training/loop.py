@@ -5,8 +5,10 @@ a state is saved its own step's metrics are read: a state whose loss was not fin
 """
 
 import contextlib
+import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +23,14 @@ from fp4jax.checkpoint import Checkpointer, check_same_run, check_space, prepare
 from fp4jax.config import validate
 from fp4jax.data.pipeline import BatchIterator, Dataset, open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
-from fp4jax.recipes import recipe
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.console import ProgressBar, make_console, start_table
 from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
+from fp4jax.training.health import HealthMonitor
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.optimizer import make_optimizer
+from fp4jax.training.schedule import ByPhase, Phase, phase_at, phases, settle
 from fp4jax.training.state import ModelTemplate, TrainState, create_state, model_template, sharded_abstract_state
 from fp4jax.training.step import Metrics, make_loss_step, make_train_step
 
@@ -41,17 +44,18 @@ class NonFiniteLossError(ValueError):
 def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Console | None = None) -> None:
     """Trains to `config.steps`, from the workdir's newest checkpoint if it has one.
 
-    Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` in the workdir. A run that is complete is left as it is.
+    Writes `checkpoints/`, `metrics.jsonl`, `health.jsonl` if asked for, and `tensorboard/` in the workdir. A run that
+    is complete is left as it is.
 
     Raises:
-      ConfigError, DataError, ValueError: a setting that cannot run.
+      ConfigError, DataError, ValueError: a setting that cannot run, in any phase of the schedule.
       CheckpointError: the workdir belongs to a run with another configuration.
       StorageError: the workdir cannot be written, or is full.
       NonFiniteLossError: training diverged.
     """
     console = console or make_console()
     validate(config, jax.device_count())
-    recipe(config.recipe)
+    config = settle(config)
     workdir = prepare_workdir(workdir)
     done = check_same_run(workdir, config)
     if done >= config.steps:
@@ -61,6 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Conso
     if done:
         console.print(
             f"continuing {workdir} after step {done:,}; the learning-rate schedule is that of {config.steps:,} steps"
+            f"{', and so are the phases' if config.schedule else ''}"
         )
     run = _prepare(config, workdir, console)
     run.describe(done)
@@ -86,6 +91,10 @@ class _Run:
     validation_data: Dataset
     target: TrainState
 
+    @functools.cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        return phases(self.config)
+
     def describe(self, done: int) -> None:
         """Prints the data, the table, and what to change if it will take long."""
         config = self.config
@@ -94,7 +103,7 @@ class _Run:
         parameters = models.parameter_counts(config)
         seconds = estimated_step_seconds(config, parameters[1], self.mesh.size)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.target))
-        self.console.print(start_table(config, recipe(config.recipe), self.mesh, parameters, size, done, seconds))
+        self.console.print(start_table(config, self.phases, self.mesh, parameters, size, done, seconds))
         self.print_hint(seconds * (config.steps - done))
 
     def print_hint(self, seconds: float) -> None:
@@ -143,20 +152,29 @@ class _Loop:
 
     def run(self, done: int) -> None:
         static, config = self.static, self.static.config
-        train_step = make_train_step(config, static.template, static.optimizer, static.mesh)
-        loss_step = make_loss_step(config, static.template, static.mesh)
+        programs = ByPhase(config, self._compiled)
         state, position = self._first_state(done)
         bar = ProgressBar(static.console, config.steps, done, config.log.progress)
         with contextlib.closing(static.training_data.batches(position)) as batches, bar:
             running: tuple[int, Metrics] | None = None
             for step in range(done + 1, config.steps + 1):
-                state, metrics = train_step(state, put_batch(next(batches), static.mesh))
+                phase = phase_at(static.phases, step)
+                if step in (done + 1, phase.first):
+                    self._start_phase(phase)
+                train_step, loss_step, health = programs.at(step)
+                batch = put_batch(next(batches), static.mesh)
+                if health.due(step):
+                    if running:
+                        self._report(*running, bar)
+                        running = None
+                    self.timer.exclude(health.measure(step, state, batch))
+                state, metrics = train_step(state, batch)
                 if running:
                     self._report(*running, bar)
                 running = (step, metrics)
                 validates = step % config.evaluation.every == 0 or step == config.steps
                 saves = step % config.checkpoint.every == 0 or step == config.steps
-                if validates or saves:
+                if validates or saves or step == phase.last:
                     self._wait_for_step(*running)
                     start = time.perf_counter()
                     result = self._validate(loss_step, state) if validates else None
@@ -165,6 +183,20 @@ class _Loop:
                     self.timer.exclude(time.perf_counter() - start)
                     self._report(*running, bar, result)
                     running = None
+
+    def _compiled(self, config: ml_collections.ConfigDict) -> tuple[Callable, Callable, HealthMonitor]:
+        """The steps of one phase."""
+        static, template = self.static, model_template(config)
+        train_step = make_train_step(config, template, static.optimizer, static.mesh)
+        health = HealthMonitor(config, template, static.mesh, self.writer)
+        return train_step, make_loss_step(config, template, static.mesh), health
+
+    def _start_phase(self, phase: Phase) -> None:
+        """Another recipe takes another time a step: the measurement begins anew."""
+        self.timer = StepTimer()
+        if len(self.static.phases) > 1:
+            number = f"phase {phase.number} of {len(self.static.phases)}"
+            self.static.console.print(f"{number}, {phase}")
 
     def _first_state(self, done: int) -> tuple[TrainState, dict | None]:
         static = self.static
@@ -199,6 +231,7 @@ class _Loop:
     def _report(self, step: int, metrics: Metrics, bar: ProgressBar, result: EvaluationResult | None = None) -> None:
         config = self.static.config
         values = self._wait_for_step(step, metrics)
+        values["phase"] = float(phase_at(self.static.phases, step).number)
         self.timer.step_done()
         seconds = self.timer.seconds_per_step
         speed = left = None

@@ -1,13 +1,18 @@
-"""Metrics on disk: `metrics.jsonl`, one JSON object a step that was logged, and TensorBoard files in `tensorboard/`."""
+"""Metrics on disk: `metrics.jsonl`, one JSON object a step that was logged, and TensorBoard files in `tensorboard/`.
+
+`health.jsonl` beside it has one object for every step with a health measurement: long lines, a list with one value a
+layer under each name. TensorBoard shows these as means over the layers.
+"""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tensorboardX
 
 FILE = "metrics.jsonl"
+HEALTH_FILE = "health.jsonl"
 
 
 class MetricsWriter:
@@ -18,9 +23,10 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, start_step: int):
-        self._path = workdir / FILE
-        _drop_after(self._path, start_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._health = workdir / HEALTH_FILE
+        for path in (workdir / FILE, self._health):
+            _drop_after(path, start_step)
+        self._file = (workdir / FILE).open("a", encoding="utf-8")
         # purge_step makes TensorBoard forget the same steps.
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
@@ -31,6 +37,23 @@ class MetricsWriter:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
+    def write_health(
+        self, step: int, table: Mapping[str, Sequence[float | None]], summary: Mapping[str, float | None]
+    ) -> None:
+        """Appends {"step": step, **summary, **table} to `health.jsonl`; a None is written as null.
+
+        table: "ratio/operand/linear layer" → one value a layer; summary: numbers of the whole model.
+        """
+        with self._health.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **summary, **table}) + "\n")
+        for name, value in summary.items():
+            if value is not None:
+                self._tensorboard.add_scalar(f"health/{name}", value, step)
+        for name, values in table.items():
+            known = [value for value in values if value is not None]
+            if known:
+                self._tensorboard.add_scalar(f"health/{name}", sum(known) / len(known), step)
+
     def __enter__(self) -> "MetricsWriter":
         return self
 
@@ -39,12 +62,12 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
-def read_metrics(workdir: Path) -> list[dict]:
-    """Returns the objects of `metrics.jsonl`, oldest first; none without a file.
+def read_metrics(workdir: Path, file: str = FILE) -> list[dict]:
+    """Returns the objects of `metrics.jsonl`, or of HEALTH_FILE, oldest first; none without a file.
 
     A last line that a killed run left unfinished is not a step that was logged: it is left out.
     """
-    path = Path(workdir) / FILE
+    path = Path(workdir) / file
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -54,7 +77,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
     replacement = path.with_suffix(".jsonl.tmp")
     replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(replacement, path)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, PyTree
 
 from fp4jax import models
+from fp4jax.statistics import Monitor
 from fp4jax.training.mesh import BATCH, replicated
 from fp4jax.training.optimizer import learning_rate_schedule
 from fp4jax.training.state import ModelTemplate, Parameters, TrainState, on_mesh, state_shardings
@@ -47,8 +48,8 @@ def make_train_step(
     schedule = learning_rate_schedule(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, gradients = _loss_and_gradients(config, template, mesh, state.params, batch, key)
+        key = training_key(config, state.step)
+        loss, gradients, _ = loss_and_gradients(config.microbatches, template, mesh, state.params, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -70,39 +71,53 @@ def make_train_step(
     return on_mesh(jitted, mesh)
 
 
-def _loss_and_gradients(
-    config: ml_collections.ConfigDict,
+def training_key(config: ml_collections.ConfigDict, step: Int32[Array, ""]) -> jax.Array:
+    """The key of all draws of the step that follows `step` steps."""
+    return jax.random.fold_in(jax.random.key(config.seed), step)
+
+
+def loss_and_gradients(
+    microbatches: int,
     template: ModelTemplate,
     mesh: Mesh,
     params: Parameters,
     batch: Batch,
     key: jax.Array,
-) -> tuple[Float32[Array, ""], Parameters]:
-    """Mean loss over the batch's real tokens and its gradient, float32."""
+    probes: PyTree = None,
+) -> tuple[Float32[Array, ""], Parameters, PyTree]:
+    """Mean loss over the batch's real tokens, its gradient in float32, and the statistics of the linear layers.
+
+    probes: the model's, for (forward, gradient) statistics as in `fp4jax.statistics.Monitor`; None: no statistics.
+    """
     weights_key, batch_key = jax.random.split(key)
     weights = template.merge(params).prepare_weights(weights_key)
     # Dividing every microbatch by the whole batch's tokens makes their sum the mean, and gives the backward, which
     # quantizes, gradients of their final size.
     tokens = jnp.maximum(jnp.sum(batch["loss_mask"], dtype=jnp.float32), 1)
 
-    def microbatch_loss(params: Parameters, microbatch: Batch, index: Int32[Array, ""]) -> Float32[Array, ""]:
+    def microbatch_loss(params: Parameters, probes: PyTree, microbatch: Batch, index: Int32[Array, ""]) -> tuple:
         microbatch_key = jax.random.fold_in(batch_key, index)
-        total, _ = models.loss(template.merge(params), microbatch, key=microbatch_key, weights=weights)
-        return total / tokens
+        monitor = None if probes is None else Monitor(probes)
+        total, _ = models.loss(template.merge(params), microbatch, key=microbatch_key, weights=weights, monitor=monitor)
+        return total / tokens, None if monitor is None else monitor.forward
 
-    loss_and_gradients = jax.value_and_grad(microbatch_loss)
-    if config.microbatches == 1:
+    value_and_gradients = jax.value_and_grad(microbatch_loss, argnums=(0, 1), has_aux=True)
+
+    def one(microbatch: Batch, index: Int32[Array, ""]) -> tuple:
+        (loss, forward), (gradients, backward) = value_and_gradients(params, probes, microbatch, index)
+        return loss, gradients, None if probes is None else (forward, backward)
+
+    if microbatches == 1:
         # Without the scan there is no second set of float32 gradients in memory.
-        return loss_and_gradients(params, batch, jnp.int32(0))
+        return one(batch, jnp.int32(0))
 
     def accumulate(carry: tuple, microbatch_and_index: tuple) -> tuple[tuple, None]:
-        microbatch, index = microbatch_and_index
-        return jax.tree.map(jnp.add, carry, loss_and_gradients(params, microbatch, index)), None
+        return jax.tree.map(jnp.add, carry, one(*microbatch_and_index)), None
 
-    parts = split_batch(batch, config.microbatches, mesh)
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    (loss, gradients), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(config.microbatches)))
-    return loss, gradients
+    parts = split_batch(batch, microbatches, mesh)
+    first = jax.tree.map(lambda rows: rows[0], parts)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, first, jnp.int32(0)))
+    return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(microbatches)))[0]
 
 
 def make_loss_step(

@@ -13,16 +13,16 @@ from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved
 from fp4jax.config import default_config, validate
 from fp4jax.data.pipeline import open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
-from fp4jax.recipes import recipe
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.mesh import make_mesh, put_batch
+from fp4jax.training.schedule import phase_at, phases, settle
 from fp4jax.training.state import model_template, sharded_abstract_params
 from fp4jax.training.step import make_loss_step
 
 
 @dataclass(frozen=True)
 class WorkdirEvaluation:
-    """What was evaluated, and the result."""
+    """What was evaluated, and the result; `trained_with` is the recipe of the checkpoint's last step."""
 
     step: int
     trained_with: str
@@ -55,7 +55,7 @@ def evaluate_workdir(
 
     Args:
       workdir: of a run of `train`.
-      recipe_name: matrix multiplies to evaluate with; None for those it was trained with.
+      recipe_name: matrix multiplies to evaluate with; None for those of its last step.
       batches: of validation data, 0 for the whole split; None for `config.evaluation.batches`.
 
     Raises:
@@ -67,7 +67,8 @@ def evaluate_workdir(
     if found is None:
         raise CheckpointError(f"{workdir} holds no checkpoint; train with this --workdir first")
     step, saved = found
-    config = _evaluation_config(saved, recipe_name, batches)
+    trained_with = _recipe_at(saved, step)
+    config = _evaluation_config(saved, trained_with if recipe_name is None else recipe_name, batches)
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
     template = model_template(config)
@@ -81,18 +82,17 @@ def evaluate_workdir(
     with contextlib.closing(dataset.batches()) as iterator:
         on_devices = (put_batch(batch, mesh) for batch in iterator)
         result = evaluate(make_loss_step(config, template, mesh), params, on_devices, config.evaluation.batches)
-    evaluation = WorkdirEvaluation(step, saved["recipe"], config.recipe, result)
+    evaluation = WorkdirEvaluation(step, trained_with, config.recipe, result)
     _write(workdir / f"evaluation-{config.recipe}.json", evaluation)
     return evaluation
 
 
-def _evaluation_config(saved: dict, recipe_name: str | None, batches: int | None) -> ml_collections.ConfigDict:
+def _evaluation_config(saved: dict, recipe_name: str, batches: int | None) -> ml_collections.ConfigDict:
     """The trained configuration with the evaluation's own choices, on as many of this machine's devices as fit."""
     config = default_config()
     config.update(saved)
-    if recipe_name is not None:
-        config.recipe = recipe_name
-    recipe(config.recipe)
+    config.recipe, config.schedule = recipe_name, ""
+    config = settle(config)
     if batches is not None:
         config.evaluation.batches = batches
     # One microbatch of the training run fits in memory; the mesh that it ran on may not be here.
@@ -101,6 +101,13 @@ def _evaluation_config(saved: dict, recipe_name: str | None, batches: int | None
     config.mesh = {"data": math.gcd(config.batch_size, jax.device_count()), "fsdp": 1, "tensor": 1}
     validate(config, jax.device_count())
     return config
+
+
+def _recipe_at(saved: dict, step: int) -> str:
+    """The recipe that optimizer step `step` was trained with."""
+    config = default_config()
+    config.update(saved)
+    return phase_at(phases(config), step).recipe
 
 
 def _write(path: Path, evaluation: WorkdirEvaluation) -> None:

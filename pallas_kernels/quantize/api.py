@@ -108,7 +108,7 @@ def _factors(amax):
     """[batch, 9]: what gives the block scale, then the element multiplier for each scale of the top octave."""
     encode = encode_factor(amax, NVFP4)[:, None]
     scales = jnp.asarray(kernel.TOP_SCALES)[None, :]
-    return jnp.concatenate([encode * NVFP4.inverse_element_max, 1.0 / (scales * (1.0 / encode))], axis=1)
+    return jnp.concatenate([encode * NVFP4.inverse_peak, 1.0 / (scales * (1.0 / encode))], axis=1)
 
 
 def _too_old():

@@ -46,6 +46,22 @@ def test_unknown_names_are_refused():
             nnx.eval_shape(lambda config=config: models.build(config, nnx.Rngs(0)))
 
 
+def test_linear_recipes_are_those_of_the_model():
+    config = averis_tiny.get_config()
+    config.policy = "nvidia"
+    recipes = models.linear_recipes(config)
+    assert len(recipes) == 7 * config.model.num_layers
+    assert recipes["layers.2.mlp.down_proj"].name == "averis"
+    assert {value.name for path, value in recipes.items() if path.startswith("layers.3.")} == {"bf16"}
+    model = nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0)))
+    assert [list(layers) for layers, _ in model.segments] == [[0, 1, 2], [3]]
+    built = [value for layers, products in model.segments for _ in layers for value in products.recipes]
+    assert built == list(recipes.values())
+    config.model.num_layers = 1
+    with pytest.raises(ValueError, match="policy 'nvidia' keeps the last blocks .* this model has 1"):
+        models.linear_recipes(config)
+
+
 def test_loss_counts_real_targets_only():
     config = averis_tiny.get_config()
     config.recipe = "bf16"

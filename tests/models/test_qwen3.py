@@ -27,7 +27,7 @@ KEY = jax.random.key(7)
 
 
 def build(config=TINY, recipe="averis_centered", rules=None):
-    chosen = Policy.of(*rules) if rules else policy("all_linear", recipe)
+    chosen = Policy.of(*rules) if rules else policy("all_linear", recipe, config.linear_paths)
     return Qwen3(config, policy=chosen, rngs=nnx.Rngs(0))
 
 
@@ -153,6 +153,15 @@ def test_a_policy_gives_single_layers_another_recipe():
     assert names[1] == ["bf16"] * 7
     one = build(recipe="bf16")
     assert not np.array_equal(model(TOKENS), one(TOKENS))
+
+
+def test_a_forward_in_high_precision_is_that_of_the_baseline():
+    """In the activations' dtype, not in that of the float32 master weights."""
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    mixed, baseline = build(config, "averis+nearest+fwd_bf16"), build(config, "bf16")
+    np.testing.assert_array_equal(mixed(TOKENS), baseline(TOKENS))
+    prepared = mixed(TOKENS, weights=mixed.prepare_weights(None))
+    np.testing.assert_array_equal(prepared, baseline(TOKENS))
 
 
 def test_segments_change_nothing_by_themselves():

@@ -34,8 +34,8 @@ def test_code_pieces_map_magnitudes_to_codes(element):
 def test_nvfp4_row():
     assert (NVFP4.element, NVFP4.scale, NVFP4.block) == (E2M1, E4M3, 16)
     assert NVFP4.range == 2688
-    assert NVFP4.inverse_element_max == np.float32(1) / np.float32(6)
-    assert NVFP4.inverse_element_max.dtype == np.float32
+    assert NVFP4.inverse_peak == np.float32(1) / np.float32(6)
+    assert NVFP4.inverse_peak.dtype == np.float32
 
 
 def test_formats_are_values():

@@ -6,7 +6,7 @@ import pytest
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fp4jax.training.state import TrainState, create_state, model_template, on_mesh
-from fp4jax.training.step import _loss_and_gradients, make_loss_step, make_train_step, split_batch
+from fp4jax.training.step import loss_and_gradients, make_loss_step, make_train_step, split_batch
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -70,7 +70,7 @@ def test_accumulation_equals_one_batch(config, batch):
         config.microbatches = count
 
         def gradients(params, batch):
-            return _loss_and_gradients(config, template, mesh, params, batch, jax.random.key(0))
+            return loss_and_gradients(config.microbatches, template, mesh, params, batch, jax.random.key(0))[:2]
 
         results.append(on_mesh(jax.jit(gradients), mesh)(state.params, put_batch(batch, mesh)))
     (loss, whole), (accumulated_loss, accumulated) = results
