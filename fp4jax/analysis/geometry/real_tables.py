@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int
 from scipy.stats import spearmanr
 
 from fp4jax.analysis.geometry import activations, column_flips, paper, perturbations, real_model
-from fp4jax.analysis.geometry.estimates import Estimate, mean, ratio
+from fp4jax.analysis.geometry.estimates import mean, ratio
 from fp4jax.analysis.geometry.experiments import energies
 from fp4jax.analysis.geometry.tables import Grid
 from fp4jax.models.pretrained import LoadedModel
@@ -202,41 +202,51 @@ def _correlation(alpha2: np.ndarray, effect: np.ndarray) -> tuple[float, float]:
 
 
 def bridge_table(subject: Subject, settings: RealSettings) -> list[Grid]:
-    """The radial share of the recipes' forward errors: of each product, of one layer, of the stack."""
-    layers, names = subject.loaded.config.num_layers, settings.recipes
-    products = {linear: [] for linear in LINEARS}
-    streams = {f"layer {layer}": [] for layer in range(layers)}
-    for name in names:
-        found = real_model.quantization_errors(
+    """The radial share and the size of the recipes' forward errors: of each product, of one layer, of the stack."""
+    found: dict[str, dict[str, list]] = {title: {} for title in _BRIDGES}
+    for name in settings.recipes:
+        sums = real_model.quantization_errors(
             subject.loaded.model("bf16"), jnp.asarray(subject.tokens), recipe=recipe(name)
         )
-        found = {key: np.asarray(value, np.float64) for key, value in found.items()}
-        for index, cells in enumerate(products.values()):
-            cells += _share(found["products"][:, index].swapaxes(0, 1).reshape(3, -1))
-        for layer, cells in enumerate(streams.values()):
-            cells += [*_share(found["layer"][layer]), *_share(found["stack"][layer])]
+        sums = {key: np.asarray(value, np.float64) for key, value in sums.items()}
+        sums["products"] = sums["products"].transpose(1, 2, 0, 3).reshape(len(LINEARS), 3, -1)
+        for title, (what, reader) in _BRIDGES.items():
+            found[title][name] = [reader(of_row) for of_row in sums[what]]
+    layers = [f"layer {layer}" for layer in range(subject.loaded.config.num_layers)]
     note = (
         "Radial is the share of the error's energy along what it is added to, which the next RMSNorm removes, as a "
         f"mean over tokens; a random direction has 1/n, here {1 / subject.loaded.config.hidden_size:.4f}. "
         f"Row-wise sign weights have {1 - perturbations.BUSSGANG:.4f} on Gaussian weights and inputs."
     )
-    both = tuple(f"{name}, {what}" for name in names for what in ("radial", "|d|²/|y|²"))
-    four = tuple(
-        f"{name}, {where}{what}" for name in names for where in ("alone ", "stack ") for what in ("radial", "|d|²/|y|²")
-    )
-    of_products, of_layers = "errors of single products", "errors of the residual stream, one layer alone and the stack"
-    return [
-        Grid("bridge-products", f"The bridge: {of_products}", both, list(products.items()), subject.about, note),
-        Grid("bridge-layers", f"The bridge: {of_layers}", four, list(streams.items()), subject.about, note),
-    ]
+    grids = []
+    for index, (title, columns) in enumerate(found.items()):
+        labels = LINEARS if _BRIDGES[title][0] == "products" else layers
+        rows = [(label, list(cells)) for label, *cells in zip(labels, *columns.values(), strict=True)]
+        grids.append(Grid(f"bridge-{index}", f"The bridge: {title}", settings.recipes, rows, subject.about, note))
+    return grids
 
 
-def _share(sums: Float64[np.ndarray, "3 tokens"]) -> list[float | Estimate | None]:
-    """Radial share and |d|²/|y|², means over the tokens that have an error; no share where none has."""
+def _radial(sums: Float64[np.ndarray, "3 tokens"]) -> float | None:
+    """Radial share, the mean over the tokens that have an error; None where none has."""
     y2, yd, d2 = sums
     some = d2 > 0
-    radial = float((yd[some] ** 2 / (y2[some] * d2[some])).mean()) if some.any() else None
-    return [radial, float((d2 / y2).mean())]
+    return float((yd[some] ** 2 / (y2[some] * d2[some])).mean()) if some.any() else None
+
+
+def _size(sums: Float64[np.ndarray, "3 tokens"]) -> float:
+    """|d|²/|y|², the mean over tokens."""
+    return float((sums[2] / sums[0]).mean())
+
+
+# Title → which sums of `real_model.quantization_errors`, and what is read from them.
+_BRIDGES: dict[str, tuple[str, Callable]] = {
+    "radial share of the error of one product": ("products", _radial),
+    "size |d|²/|y|² of the error of one product": ("products", _size),
+    "radial share of the residual stream's error, one layer quantized": ("layer", _radial),
+    "size of the residual stream's error, one layer quantized": ("layer", _size),
+    "radial share of the residual stream's error, all layers so far quantized": ("stack", _radial),
+    "size of the residual stream's error, all layers so far quantized": ("stack", _size),
+}
 
 
 REAL_EXPERIMENTS: Sequence[Callable[[Subject, RealSettings], list[Grid]]] = (

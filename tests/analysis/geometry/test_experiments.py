@@ -13,7 +13,13 @@ SETTINGS = experiments.Settings(
 )
 
 
-@pytest.mark.parametrize("experiment", experiments.EXPERIMENTS, ids=lambda e: e.__name__)
+SLOW = (experiments.depth_tables, experiments.activation_tables)
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(e, marks=[pytest.mark.slow] * (e in SLOW), id=e.__name__) for e in experiments.EXPERIMENTS],
+)
 def test_simulations_are_within_3_standard_errors(experiment):
     for table in experiment(SETTINGS):
         assert table.rows

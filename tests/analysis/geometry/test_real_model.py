@@ -23,7 +23,7 @@ SIZES = dict(
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24)).astype(np.int32)
 SETTINGS = real_tables.RealSettings(
-    seed=0, recipes=("nvfp4", "averis"), rates=(0.01, 0.1, 1.0), draws=2, columns=8, energy_tokens=16
+    seed=0, recipes=("nvfp4", "ternary"), rates=(0.01, 0.1, 1.0), draws=2, columns=8, energy_tokens=16
 )
 
 
@@ -155,6 +155,7 @@ def test_loss_is_the_models(subject):
     assert subject.loss(subject.loaded.params) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", real_tables.REAL_EXPERIMENTS, ids=lambda e: e.__name__)
 def test_tables_are_whole(subject, experiment):
     for grid in experiment(subject, SETTINGS):
