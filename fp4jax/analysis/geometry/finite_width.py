@@ -139,13 +139,17 @@ def radial_fraction_at_width(p: float, n: int, *, signs: bool) -> float:
 def linear_radial_fraction_at_width(p: float, n: int, *, signs: bool) -> float:
     """E<d, u>²/E[|d|² |u|²] over n pre-activations: `perturbations.linear_radial_fractions` at width n.
 
-    Independent pairs of Gaussians again: (C² + (A D + C²)/n)/(A D + 2 C²/n), with A D = 1 per unit of energy.
+    The n pairs (u, d) are independent, so both are sums of n E[u² d²] and of n (n-1) E[u d]² or E[u²] E[d²]. For u of
+    unit variance and E[d²] = 1, E[u² d²] = 1 + 2 r with r = E[u d]²; for sign flips r varies with the row's flipped
+    share S, and its mean is p + (1-p) 3/(n+2).
 
     Raises:
-      ValueError: p outside (0, 0.5).
+      ValueError: p outside (0, 0.5), or n < 2.
     """
-    r = float(ranges.rate(p)) if signs else BUSSGANG
-    return (r + (1.0 + r) / n) / (1.0 + 2.0 * r / n)
+    p, n = float(ranges.rate(p)), ranges.width(n)
+    r = p if signs else BUSSGANG
+    fourth = 1.0 + 2.0 * (p + (1.0 - p) * 3.0 / (n + 2) if signs else r)
+    return ((n - 1) * r + fourth) / (n - 1 + fourth)
 
 
 def sign_alignment_at_width(n: int) -> float:
