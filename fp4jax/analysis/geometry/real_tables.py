@@ -222,7 +222,8 @@ def bridge_table(subject: Subject, settings: RealSettings) -> list[Grid]:
     for index, (title, columns) in enumerate(found.items()):
         labels = LINEARS if _BRIDGES[title][0] == "products" else layers
         rows = [(label, list(cells)) for label, *cells in zip(labels, *columns.values(), strict=True)]
-        grids.append(Grid(f"bridge-{index}", f"The bridge: {title}", settings.recipes, rows, subject.about, note))
+        text = note if index == 0 else ""
+        grids.append(Grid(f"bridge-{index}", f"The bridge: {title}", settings.recipes, rows, subject.about, text))
     return grids
 
 

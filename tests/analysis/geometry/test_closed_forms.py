@@ -116,6 +116,7 @@ def test_theorem_4():
     agrees(theorem.sin2, 0.3634, 4)
     agrees(theorem.norm_difference, 0.4042, 4)
     agrees(theorem.gate_flips, 0.206, 3)
+    np.testing.assert_allclose(ternary.ternary_linear_error(0.0), 1 - 2 / np.pi)
     agrees(theorem.after_relu.energy, 0.15971, 5)
     agrees(theorem.after_relu.radial_fraction, 0.36489, 5)
     agrees(ternary.equal_norm_rate(), 0.0908, 4)
@@ -128,6 +129,10 @@ def test_ternary_moments_equal_integrals(threshold):
     inner = 2 * integrate.quad(lambda w: w * norm.pdf(w), threshold, np.inf)[0]
     assert ternary.ternary_correlation(threshold) == pytest.approx(inner / np.sqrt(kept))
     assert ternary.ternary_scale(threshold) == pytest.approx(np.sqrt(2 / np.pi * kept))
+    energy, radial = ternary.ternary_linear_error(threshold)
+    error = lambda w: (w - np.sqrt(2 / np.pi) * (w > threshold)) ** 2 * 2 * norm.pdf(w)  # noqa: E731
+    assert energy == pytest.approx(integrate.quad(error, 0, threshold)[0] + integrate.quad(error, threshold, np.inf)[0])
+    assert radial * energy == pytest.approx((1 - np.sqrt(2 / np.pi) * inner) ** 2)
     at_zero = ternary.ternary_after_relu(0.0)
     assert at_zero.energy == pytest.approx(ternary.sign_quantization().after_relu.energy)
 
