@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from fp4jax.analysis.geometry import activations, outliers, paper, perturbations, ternary
-from fp4jax.analysis.geometry.tables import Row, Table
+from fp4jax.analysis.geometry.tables import Grid, Row, Table
 
 
-def draw(tables: Sequence[Table], folder: Path) -> list[Path]:
+def draw(tables: Sequence[Table | Grid], folder: Path) -> list[Path]:
     """Writes a PNG for every table that has a figure, into `folder`; returns their paths."""
     os.environ.setdefault("MPLBACKEND", "agg")
     from matplotlib import pyplot

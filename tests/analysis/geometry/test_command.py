@@ -57,3 +57,35 @@ def test_quick_run_agrees_with_theory(tmp_path):
     judged = [deviation for deviation in deviations if deviation is not None]
     assert len(judged) > 100
     assert max(map(abs, judged)) <= 3.5  # of so many, one in ten runs has one beyond 3.3
+
+
+def test_model_flags_need_a_model(capsys):
+    assert analyze.main(["geometry", "--recipes=nvfp4"]) == 1
+    assert "--text and --recipes are of a model: add --model" in capsys.readouterr().err
+    assert analyze.main(["geometry", "--model=x.gguf", "--tokens=1"]) == 1
+    assert "--tokens at least 2, got 4 and 1" in capsys.readouterr().err
+
+
+def test_unknown_recipe_fails_before_the_model_is_read(tmp_path, capsys):
+    assert analyze.main(["geometry", "--model=no.gguf", "--recipes=nvfp5", f"--out={tmp_path}"]) == 1
+    assert "nvfp5" in capsys.readouterr().err
+
+
+def test_model_run_on_a_text(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    from fp4jax.analysis.geometry import real_tables
+    from tests.models.gguf_files import metadata_of, read_fixture, tokenizer_metadata, write
+
+    config, _, tensors = read_fixture()
+    metadata = metadata_of(config) | tokenizer_metadata(config["vocab_size"])
+    model, text = write(tmp_path / "tiny.gguf", metadata, tensors), tmp_path / "text.txt"
+    monkeypatch.setattr(real_tables, "REAL_EXPERIMENTS", (real_tables.weight_table,))
+    run = ["geometry", f"--model={model}", f"--text={text}", "--rows=2", "--tokens=8", f"--out={tmp_path}"]
+    text.write_text("the tale")
+    assert analyze.main(run) == 1
+    assert "tokens, 2 rows of 8 were asked for; ask for fewer with --rows and --tokens" in capsys.readouterr().err
+    text.write_text("the tale of two cities, told by a traveller")
+    assert analyze.main(run) == 0
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert [table["name"] for table in record["tables"]] == ["weights"]
+    assert record["tables"][0]["settings"] == {"model": str(model), "rows": 2, "tokens a row": 8}

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from fp4jax.analysis.geometry import column_flips, real_model, real_tables
+from fp4jax.analysis.geometry.estimates import Estimate
 from fp4jax.analysis.geometry.tables import render
 from fp4jax.data.tokenizers import load_tokenizer
 from fp4jax.models.llama import Llama, LlamaConfig
@@ -29,7 +30,7 @@ SETTINGS = real_tables.RealSettings(
 
 def tiny(model_class=Llama, config=None):
     config = config or LlamaConfig(**SIZES)
-    return model_class(config, policy=policy("all_linear", "bf16"), rngs=nnx.Rngs(0))
+    return model_class(config, policy=policy("all_linear", "bf16", config.linear_paths), rngs=nnx.Rngs(0))
 
 
 def loaded():
@@ -168,3 +169,10 @@ def test_tables_are_whole(subject, experiment):
 def test_empty_text():
     with pytest.raises(ValueError, match="rows of at least 2 tokens, got 0 of 24"):
         real_tables.Subject.of("tiny", loaded(), TOKENS[:0])
+
+
+def test_linear_response_starts_where_the_rise_is_resolved():
+    noise, clear = Estimate(0.1, 0.2, 3), Estimate(1.0, 0.1, 3)
+    sentence = real_tables._linear_response((0.01, 0.1, 0.2, 1.0), [noise, clear, Estimate(2.1, 0.1, 3), clear])
+    assert "from 0.1 on" in sentence and "up to 0.2" in sentence
+    assert "do not resolve" in real_tables._linear_response((0.01,), [noise])
