@@ -27,7 +27,7 @@ class Subcommand(NamedTuple):
 # Name → what it is. A new subcommand is one row.
 SUBCOMMANDS: dict[str, Subcommand] = {
     "geometry": Subcommand(
-        "theory and simulation of sign and magnitude perturbations (arXiv 2605.18933)",
+        "sign and magnitude perturbations (arXiv 2605.18933): theory, simulation, a real model",
         "fp4jax.analysis.geometry.command",
         "main",
     ),

@@ -1,55 +1,121 @@
-"""`python -m fp4jax.analyze geometry`: every table of arXiv 2605.18933 with theory, paper and ours side by side."""
+"""`python -m fp4jax.analyze geometry`: the tables of arXiv 2605.18933 with theory, paper and ours side by side.
+
+Without --model the theory and its simulations; with it the experiments on a trained model.
+"""
 
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Int32
 
+from fp4jax import recipes
 from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.geometry import experiments, figures
-from fp4jax.analysis.geometry.tables import Table, render
+from fp4jax.analysis.geometry.tables import Grid, Table, render
 
 JUDGED_BY = 3.0  # standard errors
+_BRIDGED = ("nvfp4", "averis", "ternary")  # the recipes, with those that begin with such a name, of the bridge
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the experiments, prints their tables, writes geometry.json and the figures.
+    """Runs the experiments, prints their tables, writes them as JSON, and the figures.
 
     Raises:
-      ValueError: an argument that cannot be used.
+      ValueError: an argument that cannot be used; a model or a text that cannot be read.
       OSError: a folder that cannot be written.
     """
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    settings = (experiments.quick if options.quick else experiments.full)(options.seed)
-    tables = [experiments.closed_form_table()]
-    print(render(tables[0]), end="\n\n")
-    for experiment in experiments.EXPERIMENTS:
-        for table in experiment(settings):
-            tables.append(table)
-            print(render(table), end="\n\n", flush=True)
-    print(_verdict(tables))
+    tables = []
+    for table in _of_model(options) if options.model else _of_theory(options):
+        tables.append(table)
+        print(render(table), end="\n\n", flush=True)
+    if not options.model:
+        print(_verdict(tables))
     drawn = figures.draw(tables, options.out)
     seconds = time.perf_counter() - start
-    path = options.out / "geometry.json"
+    path = options.out / ("model.json" if options.model else "geometry.json")
     path.write_text(json.dumps(_record(arguments, tables, seconds), indent=1) + "\n", encoding="utf-8")
     print(f"{path} and {len(drawn)} figures written after {seconds:.0f} s")
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    parser = Parser("geometry", "Theory and simulation of sign and magnitude perturbations (arXiv 2605.18933).")
-    parser.add_argument("--quick", action="store_true", help="smaller widths and fewer draws: less than a minute")
-    parser.add_argument("--out", type=Path, default=Path("runs/geometry"), help="folder for geometry.json and figures")
+    parser = Parser("geometry", "Sign and magnitude perturbations (arXiv 2605.18933): theory, simulation, real models.")
+    parser.add_argument("--quick", action="store_true", help="smaller widths, fewer draws: less than a minute")
+    parser.add_argument("--out", type=Path, default=Path("runs/geometry"), help="folder for the JSON and the figures")
     parser.add_argument("--seed", type=int, default=0, help="of all experiments, at least 0")
+    parser.add_argument(
+        "--model", nargs="?", const="smollm2-135m", help="a .gguf file or smollm2-135m: measure this model instead"
+    )
+    parser.add_argument("--text", type=Path, help="a UTF-8 text to measure the model on; by default held-out text")
+    parser.add_argument("--rows", type=int, default=4, help="rows of text")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens a row")
+    parser.add_argument("--recipes", help="of the bridge, with commas; by default nvfp4, averis and ternary ones")
     options = parser.parse_args(list(arguments))
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed must be in [0, 2**32), got {options.seed}")
+    if options.rows < 1 or options.tokens < 2:
+        parser.error(f"--rows must be at least 1 and --tokens at least 2, got {options.rows} and {options.tokens}")
+    if not options.model and (options.text or options.recipes):
+        parser.error("--text and --recipes are of a model: add --model")
     return options
+
+
+def _of_theory(options: Any) -> Iterator[Table]:
+    settings = (experiments.quick if options.quick else experiments.full)(options.seed)
+    yield experiments.closed_form_table()
+    for experiment in experiments.EXPERIMENTS:
+        yield from experiment(settings)
+
+
+def _of_model(options: Any) -> Iterator[Grid]:
+    # Loaded here: the models and the data pipeline take seconds to import, and the theory needs neither.
+    from fp4jax.analysis.geometry import real_tables
+    from fp4jax.models.pretrained import load_parameters
+
+    names = options.recipes.split(",") if options.recipes else _bridged()
+    for name in names:
+        recipes.recipe(name)  # an unknown one fails before anything is measured
+    loaded = load_parameters(options.model)
+    tokens = _tokens(options, loaded.tokenizer)
+    settings = real_tables.RealSettings(options.seed, tuple(names))
+    if options.quick:
+        settings = real_tables.RealSettings(options.seed, tuple(names), (0.001, 0.005, 1.0), 2, 8, 32)
+    subject = real_tables.Subject.of(str(options.model), loaded, tokens)
+    for experiment in real_tables.REAL_EXPERIMENTS:
+        yield from experiment(subject, settings)
+
+
+def _bridged() -> list[str]:
+    return [name for name in recipes.list_recipes() if name in _BRIDGED or name.startswith("ternary")]
+
+
+def _tokens(options: Any, tokenizer: Any) -> Int32[np.ndarray, "B T"]:
+    """Rows of the text: the file's beginning, or the first rows of the held-out text.
+
+    Raises:
+      ValueError: a text that is too short, or not UTF-8.
+    """
+    from fp4jax.config import default_config
+    from fp4jax.data import held_out_text
+
+    if options.text is None:
+        data = default_config().data
+        return held_out_text(data, tokenizer, seq_len=options.tokens, rows=options.rows).tokens
+    ids, wanted = tokenizer.encode(options.text.read_text(encoding="utf-8")), options.rows * options.tokens
+    if len(ids) < wanted:
+        raise ValueError(
+            f"--text={options.text} has {len(ids):,} tokens, {options.rows} rows of {options.tokens} were asked for; "
+            "ask for fewer with --rows and --tokens"
+        )
+    return np.array(ids[:wanted], np.int32).reshape(options.rows, options.tokens)
 
 
 def _verdict(tables: Sequence[Table]) -> str:
@@ -64,7 +130,7 @@ def _verdict(tables: Sequence[Table]) -> str:
     )
 
 
-def _record(arguments: Sequence[str], tables: Sequence[Table], seconds: float) -> dict[str, Any]:
+def _record(arguments: Sequence[str], tables: Sequence[Table | Grid], seconds: float) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m fp4jax.analyze geometry", *arguments]),
         "jax": jax.__version__,

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from fp4jax.analysis.geometry import activations, outliers, paper, perturbations, ternary
-from fp4jax.analysis.geometry.tables import Row, Table
+from fp4jax.analysis.geometry.tables import Grid, Row, Table
 
 
-def draw(tables: Sequence[Table], folder: Path) -> list[Path]:
+def draw(tables: Sequence[Table | Grid], folder: Path) -> list[Path]:
     """Writes a PNG for every table that has a figure, into `folder`; returns their paths."""
     os.environ.setdefault("MPLBACKEND", "agg")
     from matplotlib import pyplot
@@ -33,7 +33,7 @@ def _starting(table: Table, start: str, end: str = "") -> list[Row]:
     return [row for row in table.rows if row.label.startswith(start) and row.label.endswith(end)]
 
 
-def _points(axes: Any, x: Sequence[float], rows: Sequence[Row], label: str, **style: Any) -> None:
+def _points(axes: Any, x: Sequence[float | int], rows: Sequence[Row], label: str, **style: Any) -> None:
     """Our estimates with their 95 % intervals."""
     values = np.array([row.ours.value for row in rows])
     low, high = np.array([row.ours.interval() for row in rows]).T
@@ -70,7 +70,7 @@ def _depth(papers: Sequence[float]) -> Callable[[Any, Table], None]:
             rows = _starting(table, f"{reading}, ", f"width {width}")
             (line,) = axes.plot(layers, [row.theory for row in rows], label=f"{reading}, limit")
             axes.plot(layers, [row.at_width for row in rows], "--", color=line.get_color())
-            _points(axes, layers, rows, f"{reading}, width {width}", color=line.get_color())
+            _points(axes, layers.tolist(), rows, f"{reading}, width {width}", color=line.get_color())
         axes.plot(layers, papers, "kx", label="paper")
         axes.set(xlabel="layer", ylabel="sign / magnitude (dashed: at width)")
         axes.legend(fontsize=7)

@@ -7,11 +7,12 @@ A block has n inputs, n hidden units and n outputs, all weights Gaussian.
 - Sums over the n hidden units and the n outputs fluctuate. Their moments follow from those of one unit.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.special import betaincinv
+from scipy.special import betainc, betaincinv
 from scipy.stats import binom
 
 from fp4jax.analysis.geometry import ranges
@@ -32,9 +33,10 @@ from fp4jax.analysis.geometry.relu import (
 )
 from fp4jax.analysis.geometry.ternary import ternary_correlation, ternary_scale
 
-_QUANTILES = 64  # midpoints of the Beta distribution
+_BINS = 64  # of equal probability, for the Beta distribution
 
 
+@functools.lru_cache(maxsize=64)
 def flipped_shares(p: float, n: int) -> tuple[Float64[np.ndarray, " points"], Float64[np.ndarray, " points"]]:
     """Values of S and their probabilities, for sign flips at rate p of a Gaussian row of n weights.
 
@@ -45,13 +47,16 @@ def flipped_shares(p: float, n: int) -> tuple[Float64[np.ndarray, " points"], Fl
     low, high = (int(binom.ppf(q, n, p)) for q in (1e-12, 1.0 - 1e-12))
     counts = np.arange(max(low, 0), min(high, n - 1) + 1)
     probabilities = binom.pmf(counts, n, p)
-    levels = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
-    shares = np.zeros((len(counts), _QUANTILES))
+    shares = np.zeros((len(counts), _BINS))
     some = counts > 0
-    k = counts[some, None]
-    shares[some] = betaincinv(k / 2.0, (n - k) / 2.0, levels[None, :])
-    weights = np.repeat(probabilities / probabilities.sum(), _QUANTILES) / _QUANTILES
-    return shares.ravel(), weights
+    a, b = counts[some, None] / 2.0, (n - counts[some, None]) / 2.0
+    edges = betaincinv(a, b, np.arange(_BINS + 1) / _BINS)
+    # The mean over a bin of equal probability: E[S; S < e] = E[S] times the distribution function of Beta(a + 1, b).
+    shares[some] = _BINS * np.diff(a / (a + b) * betainc(a + 1.0, b, edges), axis=1)
+    weights = np.repeat(probabilities / probabilities.sum(), _BINS) / _BINS
+    shares = shares.ravel()
+    shares.flags.writeable = weights.flags.writeable = False  # they are kept for the next call
+    return shares, weights
 
 
 def over_flips(function: Callable[[Values], Values], p: float, n: int) -> float:
@@ -134,13 +139,17 @@ def radial_fraction_at_width(p: float, n: int, *, signs: bool) -> float:
 def linear_radial_fraction_at_width(p: float, n: int, *, signs: bool) -> float:
     """E<d, u>²/E[|d|² |u|²] over n pre-activations: `perturbations.linear_radial_fractions` at width n.
 
-    Independent pairs of Gaussians again: (C² + (A D + C²)/n)/(A D + 2 C²/n), with A D = 1 per unit of energy.
+    The n pairs (u, d) are independent, so both are sums of n E[u² d²] and of n (n-1) E[u d]² or E[u²] E[d²]. For u of
+    unit variance and E[d²] = 1, E[u² d²] = 1 + 2 r with r = E[u d]²; for sign flips r varies with the row's flipped
+    share S, and its mean is p + (1-p) 3/(n+2).
 
     Raises:
-      ValueError: p outside (0, 0.5).
+      ValueError: p outside (0, 0.5), or n < 2.
     """
-    r = float(ranges.rate(p)) if signs else BUSSGANG
-    return (r + (1.0 + r) / n) / (1.0 + 2.0 * r / n)
+    p, n = float(ranges.rate(p)), ranges.width(n)
+    r = p if signs else BUSSGANG
+    fourth = 1.0 + 2.0 * (p + (1.0 - p) * 3.0 / (n + 2) if signs else r)
+    return ((n - 1) * r + fourth) / (n - 1 + fourth)
 
 
 def sign_alignment_at_width(n: int) -> float:

@@ -61,7 +61,7 @@ def radial_fraction(y: Vectors, d: Vectors) -> Float64[np.ndarray, "*batch"] | f
     return (np.sum(y * d, axis=-1) / (_norm(y) * _norm(d))[..., 0]) ** 2
 
 
-def _norm(y: Vectors) -> Vectors:
+def _norm(y: Vectors) -> Float64[np.ndarray, "*batch 1"]:
     norm = np.linalg.norm(y, axis=-1, keepdims=True)
     if np.any(norm == 0.0):
         raise ValueError("a vector of zeros has no direction: every vector must have a norm above 0")

@@ -92,7 +92,7 @@ def depth_draw(
     def normalize(y: Float32[Array, "n inputs"]) -> Float32[Array, "n inputs"]:
         return y * lax.rsqrt(jnp.mean(y * y, axis=0, keepdims=True))
 
-    def layer(streams: dict[str, Array], index: Array):
+    def layer(streams: PyTree, index: Array):
         keys = jax.random.split(jax.random.fold_in(key, index), 3)
         w1, w2 = _weights(keys[0], width), _weights(keys[1], width)
         flip = jax.random.uniform(keys[2], (width, width), jnp.float32) < rate
@@ -124,7 +124,7 @@ def ternary_draw(
     keys = jax.random.split(key, 2)
     w, x = _weights(keys[0], width), _inputs(keys[1], width, inputs)
     magnitude = jnp.abs(w)
-    kept = jnp.sign(w) * (magnitude > threshold * width**-0.5)
+    kept = jnp.where(magnitude > threshold * width**-0.5, jnp.sign(w), 0.0)
     quantized = jnp.mean(magnitude, axis=1, keepdims=True) * kept
     u, v = w @ x, quantized @ x
     hidden, moved = jax.nn.relu(u), jax.nn.relu(v)

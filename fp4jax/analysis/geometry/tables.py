@@ -67,10 +67,38 @@ class Table:
 _HEADER = ("", "theory", "at width", "paper", "ours", "+-", "dev.", "ours/paper")
 
 
-def render(table: Table) -> str:
+@dataclass(frozen=True)
+class Grid:
+    """Numbers of a trained model: a label and a number for every column, an `Estimate` where it was sampled."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, list[float | Estimate | None]]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [
+            {"label": label} | {column: _cell_json(cell) for column, cell in zip(self.columns, cells, strict=True)}
+            for label, cells in self.rows
+        ]
+        return {"name": self.name, "title": self.title, "settings": self.settings, "note": self.note, "rows": rows}
+
+
+def _cell_json(cell: float | Estimate | None) -> Any:
+    if isinstance(cell, Estimate):
+        return asdict(cell) | {"interval_95": list(cell.interval())}
+    return cell
+
+
+def render(table: Table | Grid) -> str:
     """Returns the table as text: dev. is (ours - theory at that width) in standard errors."""
-    lines = [_HEADER, *map(_cells, table.rows)]
-    used = [column for column in range(len(_HEADER)) if any(line[column] for line in lines[1:])]
+    if isinstance(table, Grid):
+        lines = [("", *table.columns), *((label, *map(_cell, cells)) for label, cells in table.rows)]
+    else:
+        lines = [_HEADER, *map(_cells, table.rows)]
+    used = [column for column in range(len(lines[0])) if any(line[column] for line in lines[1:])]
     widths = {column: max(len(line[column]) for line in lines) for column in used}
     text = [table.title]
     if table.settings:
@@ -96,6 +124,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         "" if row.deviation is None else f"{row.deviation:+.1f}",
         "" if not paper else f"{compared / paper - 1.0:+.2%}",
     )
+
+
+def _cell(cell: float | Estimate | None) -> str:
+    """A number; an estimate with its standard error, in as many digits as that has."""
+    if isinstance(cell, Estimate):
+        return f"{_number(cell.value)} +- {cell.standard_error:.1g}"
+    return "" if cell is None else _number(cell)
 
 
 def _number(x: float) -> str:

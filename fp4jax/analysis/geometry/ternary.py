@@ -77,6 +77,19 @@ def ternary_after_relu(threshold: Numbers) -> ReluPerturbation:
     return relu_perturbation(ternary_scale(threshold), ternary_correlation(threshold))
 
 
+def ternary_linear_error(threshold: Numbers) -> tuple[Values, Values]:
+    """Energy 1 + s² - 2 s rho and radial fraction (1 - s rho)²/energy of the error before a ReLU, per unit variance.
+
+    Derived here, with s of `ternary_scale` and rho of `ternary_correlation`. At threshold 0 both are 1 - 2/pi.
+
+    Raises:
+      ValueError: a negative threshold.
+    """
+    scale, r = ternary_scale(threshold), ternary_correlation(threshold)
+    energy = 1.0 + scale**2 - 2.0 * scale * r
+    return energy, (1.0 - scale * r) ** 2 / energy
+
+
 def equal_norm_rate() -> float:
     """(1 - 2/pi)/4: the sign-flip rate with the Frobenius norm of the sign quantization's error."""
     return (1.0 - BUSSGANG) / 4.0
