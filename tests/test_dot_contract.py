@@ -129,6 +129,21 @@ def test_vmap(name):
     assert_close(as_batch, batch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["averis_best", "quartet2"])
+def test_vmap_of_a_gradient_is_that_of_a_batch_dimension(name):
+    """What is prepared for the backward has the batch axes too, fresh signs included."""
+    xs, gs = contract.inputs(contract.EXPERTS)
+    ws = contract.weights(contract.EXPERTS)
+
+    @contract.jit
+    def both(xs, ws, gs, key):
+        mapped = jax.vmap(lambda x, w, g: contract.product_and_gradients(name, x, w, g, key))(xs, ws, gs)
+        return mapped, contract.product_and_gradients(name, xs, ws, gs, key, (((3,), (1,)), ((0,), (0,))))
+
+    assert_close(*both(xs, ws, gs, KEY))
+
+
 @pytest.mark.parametrize("name", ["averis_centered", *(pytest.param(n, marks=pytest.mark.slow) for n in QUICK_DEEP)])
 def test_vmap_over_keys_alone_draws_for_every_key(name):
     (x, g), w = contract.inputs(), contract.weights()

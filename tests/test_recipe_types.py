@@ -5,6 +5,9 @@ import pytest
 from fp4jax.numerics import FP8_E4M3, MXFP4, NVFP4, NVFP4_OUTER128, Rounding, ScaleRounding
 from fp4jax.recipe_types import Center, Gemm, LowRankSplit, MeanSplit, Operand, Recipe, Source
 
+COPY = Operand(source=Source.QUANTIZED)
+MEAN_SPLIT = Operand(NVFP4, split=MeanSplit(Center.MEAN, Operand(NVFP4)))
+
 
 @pytest.mark.parametrize(
     "build, message",
@@ -45,6 +48,28 @@ from fp4jax.recipe_types import Center, Gemm, LowRankSplit, MeanSplit, Operand, 
             "must both be mean-split in wgrad, or both of low rank",
         ),
         (lambda: Operand(rounding=Rounding.STOCHASTIC), "neither blocks nor rounding"),
+        (lambda: Operand(scale_rounding=ScaleRounding.STOCHASTIC), "no block scales to round"),
+        (lambda: Operand(NVFP4, correction=128), "under a Hadamard transform of its width"),
+        (lambda: Operand(NVFP4, correction=128, hadamard=16), "under a Hadamard transform of its width"),
+        (lambda: LowRankSplit(0.5, Operand(), iterations=0), "iterations must be 1 or 2, got 0"),
+        (lambda: MeanSplit(Center.MEAN, Operand(NVFP4, hadamard=16)), "a mean has neither a split, a transform"),
+        (lambda: MeanSplit(Center.QUANTIZED_MEAN, Operand()), "a quantized mean as centre needs a format"),
+        (
+            lambda: Recipe("mine", Gemm(MEAN_SPLIT, Operand()), wgrad=Gemm(COPY)),
+            "recipe mine: wgrad needs a mean-split X in blocks of its own",
+        ),
+        (
+            lambda: Recipe("mine", Gemm(*[Operand(NVFP4, hadamard=16)] * 2), wgrad=Gemm(COPY)),
+            "recipe mine: the forward's copy is transformed",
+        ),
+        (
+            lambda: Recipe("mine", Gemm(MEAN_SPLIT, Operand()), wgrad=Gemm(Operand(NVFP4, source=Source.QUANTIZED))),
+            "has the forward's split",
+        ),
+        (
+            lambda: Recipe("mine", Gemm(Operand(hadamard=16, split=MEAN_SPLIT.split), Operand(hadamard=16))),
+            "recipe mine: fprop cannot have a transform, its mean row is not transformed",
+        ),
         (lambda: Gemm(Operand(hadamard=16), Operand()), "cancels only if both operands"),
         (
             lambda: Recipe("mine", fprop=Gemm(Operand(), Operand(NVFP4, split=MeanSplit(Center.MEAN, Operand())))),
