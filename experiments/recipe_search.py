@@ -3,7 +3,7 @@
     make models
     .venv/bin/python -m experiments.recipe_search --out=results/ptq/search.json
 
-Loss gap and divergence of SmolLM2-135M on 6,144 held-out tokens; every number is of the forward alone. What is measured
+Loss gap and divergence of SmolLM2-135M on 2,048 held-out tokens; every number is of the forward alone. What is measured
 already is not measured again. `averis_best` follows from it; docs/recipes.md says what did not help.
 """
 
@@ -20,7 +20,7 @@ from fp4jax.models.pretrained import load_parameters
 from fp4jax.numerics import NVFP4, NVFP4_256, NVFP4_OUTER128, NVFP4_VECTOR, Extent
 from fp4jax.recipes import Center, Gemm, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe
 
-ROWS, LENGTH, BATCH = 12, 512, 4
+ROWS, LENGTH, BATCH = 4, 512, 2
 SIX_OR_FOUR, FINER = (6.0, 4.0), (6.0, 5.5, 5.0, 4.5, 4.0)
 VECTOR_256 = dataclasses.replace(NVFP4_256, name="NVFP4-256/vector", outer=Extent.VECTOR)
 PLAIN, CHOSEN = Operand(NVFP4), Operand(NVFP4_256, candidates=SIX_OR_FOUR)
