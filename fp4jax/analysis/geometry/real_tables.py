@@ -18,6 +18,7 @@ from fp4jax.models.pretrained import LoadedModel
 from fp4jax.models.qwen3 import LINEARS
 from fp4jax.recipes import recipe
 
+_RESOLVED = 3.0  # standard errors
 _PROXIES = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
@@ -155,7 +156,7 @@ def flip_table(subject: Subject, settings: RealSettings) -> list[Grid]:
 
 def _linear_response(rates: Sequence[float], rises: Sequence[Estimate]) -> str:
     """A sentence on where the outliers' loss rises in proportion to the rate."""
-    resolved = [index for index, rise in enumerate(rises) if rise.value > 2.0 * rise.standard_error]
+    resolved = [index for index, rise in enumerate(rises) if rise.value > _RESOLVED * rise.standard_error]
     if not resolved:
         return "These draws do not resolve the rise of the outliers' loss at any rate."
     first = resolved[0]
@@ -163,7 +164,7 @@ def _linear_response(rates: Sequence[float], rises: Sequence[Estimate]) -> str:
         np.array(rates[first:]), np.array([rise.value for rise in rises[first:]])
     )
     return (
-        f"The rise of the outliers' loss is above two standard errors from {rates[first]:g} on, and from there in "
+        f"The rise of the outliers' loss is above three standard errors from {rates[first]:g} on, and from there in "
         f"proportion to the rate, within 25 %, up to {threshold:g}."
     )
 

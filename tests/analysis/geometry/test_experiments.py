@@ -97,3 +97,27 @@ def test_render_leaves_out_empty_columns_and_marks_deviations():
     assert "at width" not in text
     assert "+1.0" in text and "-9.09%" in text
     assert "(seed 1)" in text
+
+
+def test_linear_radial_fraction_of_narrow_layers():
+    rng, n, p = np.random.default_rng(1), 16, 0.1
+    w, x = rng.standard_normal((20_000, n, n)), rng.standard_normal((20_000, n))
+    flip = rng.random(w.shape) < p
+    u, d = np.einsum("kij,kj->ki", w, x), np.einsum("kij,kj->ki", -2 * w * flip, x)
+    estimate = experiments.ratio(np.sum(u * d, axis=1) ** 2, np.sum(u * u, axis=1) * np.sum(d * d, axis=1))
+    expected = finite_width.linear_radial_fraction_at_width(p, n, signs=True)
+    assert abs(estimate.deviation(expected)) < 3.0
+    assert estimate.standard_error < 0.02 * expected
+
+
+def test_transverse_energy_of_few_units():
+    rng, n, p = np.random.default_rng(2), 48, 0.1
+    scale, r = float(perturbations.magnitude_scale(p)), float(perturbations.magnitude_correlation(p))
+    u, xi = rng.standard_normal((2, 100_000, n))
+    a = np.maximum(u, 0)
+    d = scale * np.maximum(r * u + np.sqrt(1 - r * r) * xi, 0) - a
+    transverse = np.mean(d * d, axis=1) - np.mean(a * d, axis=1) ** 2 / np.mean(a * a, axis=1)
+    estimate, expected = experiments.mean(transverse), finite_width.transverse_at_width(p, n, signs=False)
+    limit = float(perturbations.magnitude_perturbation(p).transverse)
+    assert estimate.value == pytest.approx(expected, rel=0.005)  # the next order, 1/n²
+    assert abs(limit / expected - 1) > 0.03
