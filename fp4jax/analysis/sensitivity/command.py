@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import logging
 import platform
 import sys
 import time
@@ -41,8 +40,6 @@ def main(arguments: Sequence[str]) -> None:
       OSError: a folder that cannot be written.
     """
     options = _parse(arguments)
-    # Orbax warns, through absl, that a checkpoint opened to be read is only read.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     options.out.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     start = time.perf_counter()
