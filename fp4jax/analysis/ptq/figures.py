@@ -26,7 +26,7 @@ def draw(groups: Mapping[str, Sequence[Measurement]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.margins(x=0.15)
     axes[0].invert_yaxis()
-    axes[-1].legend(loc="lower right")
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=max(len(groups), 1))
     figure.savefig(path, dpi=150)
 
 
