@@ -21,7 +21,8 @@ def draw(groups: Mapping[str, Sequence[Measurement]], path: Path) -> None:
             at = np.array([names.index(m.recipe) for m in measurements]) + (i - (len(groups) - 1) / 2) * height
             values, errors = zip(*map(value, measurements), strict=True)
             bars = axis.barh(at, values, height, xerr=errors, label=group, capsize=2)
-            axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=7)
+            labels = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
+            axis.bar_label(bars, labels, padding=3, fontsize=7)
         axis.set_title(title)
         axis.set_yticks(range(len(names)), names)
         axis.margins(x=0.15)
@@ -37,6 +38,6 @@ def _gap(m: Measurement) -> tuple[float, float]:
 def _gradient_error(m: Measurement) -> tuple[float, float]:
     error = m.mean("gradient_error")
     if error is None:
-        return 0.0, 0.0
+        return np.nan, 0.0  # no bar
     spread = np.std([s.gradient_error for s in m.samples]) / max(len(m.samples) - 1, 1) ** 0.5
     return error, float(spread)
