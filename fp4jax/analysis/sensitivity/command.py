@@ -40,11 +40,11 @@ def main(arguments: Sequence[str]) -> None:
       OSError: a folder that cannot be written.
     """
     options = _parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     start = time.perf_counter()
     subject = _subject(options)
     _check_seeds(subject, options.seeds)
+    options.out.mkdir(parents=True, exist_ok=True)
     rows, length = subject.batches[0]["tokens"].shape
     print(
         f"{subject.name}, recipe {subject.recipe.name}, one part at a time; held-out text: {len(subject.batches)} x "
