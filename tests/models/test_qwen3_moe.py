@@ -1,0 +1,282 @@
+"""Qwen3-MoE against the `transformers` implementation (committed fixtures) and against its own definition."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fp4jax.dot import dot_general, prepare
+from fp4jax.models import qwen3_moe, routing
+from fp4jax.models.qwen3_moe import EXPERTS, LINEARS, Qwen3MoE, Qwen3MoEConfig
+from fp4jax.models.qwen3_moe_names import moe_fields, places
+from fp4jax.policy import Policy, policy
+from fp4jax.statistics import FORWARD_STATISTICS, GRADIENT_STATISTICS, Monitor, forward_statistics
+
+pytestmark = pytest.mark.standard_promotion
+
+FIXTURES = sorted((pathlib.Path(__file__).parent / "fixtures").glob("qwen3moe_*.npz"))
+TINY = Qwen3MoEConfig(
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=32,
+    num_experts=4, num_experts_per_token=2, dtype="float32", init_std=0.3,
+)  # fmt: skip
+TOKENS = jax.random.randint(jax.random.key(3), (2, 32), 0, TINY.vocab_size)
+KEY = jax.random.key(7)
+
+
+def build(config=TINY, recipe="averis_centered", rules=None):
+    chosen = Policy.of(*rules) if rules else policy("all_linear", recipe, config.linear_paths)
+    return Qwen3MoE(config, policy=chosen, rngs=nnx.Rngs(0))
+
+
+def model_of_fixture(path):
+    """Built by the table of names alone: what it forgets stays NaN."""
+    data = np.load(path)
+    hf = json.loads(str(data["config"]))
+    config = Qwen3MoEConfig(
+        vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"], num_kv_heads=hf["num_key_value_heads"], head_dim=hf["head_dim"],
+        rope_theta=hf["rope_theta"], rms_norm_eps=hf["rms_norm_eps"], tie_embeddings=hf["tie_word_embeddings"],
+        dtype="float32", **moe_fields(hf | {"router_aux_loss_coef": 0.001}),
+    )  # fmt: skip
+    graphdef, state = nnx.split(build(config, "bf16"))
+    params = {".".join(map(str, name)): variable for name, variable in nnx.to_flat_state(state)}
+    values = {name: np.full(variable.shape, np.nan, np.float32) for name, variable in params.items()}
+    for name, place in places(config).items():
+        array = data[f"weight:{name}"]
+        values[place.parameter][place.index] = array.T if place.transposed else array
+    assert {f"weight:{name}" for name in places(config)} == {name for name in data if name.startswith("weight:")}
+    assert all(np.isfinite(value).all() for value in values.values())
+    filled = [(name, variable.replace(jnp.asarray(values[".".join(map(str, name))])))
+              for name, variable in nnx.to_flat_state(state)]  # fmt: skip
+    return nnx.merge(graphdef, nnx.from_flat_state(filled)), data
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_logits_and_balance_equal_those_of_transformers(path):
+    model, data = model_of_fixture(path)
+    monitor = Monitor({})
+    logits = model(jnp.asarray(data["tokens"]), monitor=monitor)
+    np.testing.assert_allclose(logits, data["logits"], atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(model.load_balancing_loss(monitor.routing), data["aux_loss"], rtol=1e-6)
+    assert monitor.routing["dropped"].tolist() == [0] * model.config.num_layers
+
+
+def test_there_are_fixtures():
+    assert len(FIXTURES) == 2
+
+
+@functools.cache
+def gradients(recipe, **changes):
+    graphdef, state = nnx.split(build(dataclasses.replace(TINY, **changes), recipe))
+
+    def loss(state):
+        model, monitor = nnx.merge(graphdef, state), Monitor({})
+        logits = model(TOKENS, key=KEY, monitor=monitor)
+        return jnp.mean(jnp.square(logits)) + model.load_balancing_loss(monitor.routing)
+
+    return jax.jit(jax.value_and_grad(loss))(state)
+
+
+def every_expert_for_every_token(model, x_BxTxD):
+    """The definition, in dense products: all experts see all tokens, and most weights are zero."""
+    c, mlp = model.config, model.mlp
+    x_SxD = x_BxTxD.reshape(-1, c.hidden_size)
+    probabilities = jax.nn.softmax(jnp.dot(x_SxD, mlp.router.kernel[...], precision="highest"))
+    ranks = jnp.argsort(jnp.argsort(-probabilities, axis=-1, stable=True), axis=-1)
+    weights = jnp.where(ranks < c.num_experts_per_token, probabilities, 0.0)
+    weights = weights / weights.sum(-1, keepdims=True)
+    gate, up, down = (getattr(mlp.experts, name).kernel[...] for name in ("gate_proj", "up_proj", "down_proj"))
+    hidden = jax.nn.silu(jnp.einsum("sd,edf->sef", x_SxD, gate)) * jnp.einsum("sd,edf->sef", x_SxD, up)
+    out = jnp.einsum("sef,efd,se->sd", hidden, down, weights)
+    taken = (weights > 0).astype(jnp.float32)
+    return out.reshape(x_BxTxD.shape), {"choices": taken.sum(0), "probability": probabilities.sum(0)}
+
+
+def test_gradients_equal_those_of_the_dense_definition(monkeypatch):
+    loss, found = gradients("bf16")
+
+    def dense(self, x_BxTxD, linears, monitor):
+        out, monitor.routing = every_expert_for_every_token(self, x_BxTxD)
+        return out
+
+    monkeypatch.setattr(qwen3_moe.MoEBlock, "_feed_forward", dense)
+    expected_loss, expected = gradients.__wrapped__("bf16")
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for (name, one), (_, other) in zip(nnx.to_flat_state(found), nnx.to_flat_state(expected), strict=True):
+        np.testing.assert_allclose(one[...], other[...], rtol=2e-3, atol=2e-6, err_msg=str(name))
+        assert jnp.any(other[...] != 0), name
+
+
+# Rows on a grid, so that sums over them do not depend on the order of addition.
+def expert_rows(seed, shape):
+    random = np.random.default_rng(seed)
+    return ((random.integers(-64, 64, shape) + random.integers(-64, 64, shape[-1])) / 64).astype(np.float32)
+
+
+def products(recipe, rows, kernel, cotangent, row_mask=None):
+    """(prepared rows, output, gradients of both) of one or several matrices."""
+    batch = tuple(range(kernel.ndim - 2))
+    numbers = (((rows.ndim - 1,), (len(batch),)), (batch, batch))
+    xq = prepare(rows, recipe, row_mask=row_mask, batch_dims=len(batch))
+    y, pull = jax.vjp(lambda x, w: dot_general(x, w, numbers, recipe=recipe, lhs_q=xq, row_mask=row_mask), rows, kernel)
+    return xq, y, *pull(cotangent)
+
+
+@pytest.mark.parametrize("recipe", ["averis+nearest", pytest.param("averis_centered+nearest", marks=pytest.mark.slow)])
+def test_an_expert_multiplies_its_own_rows_and_no_others(recipe):
+    """Codes, means and products of every expert are those of its rows alone, whatever its slots hold besides."""
+    counts, capacity = (48, 5, 0, 17), 48
+    mask = jnp.arange(capacity) < jnp.array(counts)[:, None]
+    rows, kernel = expert_rows(0, (4, capacity, 32)), expert_rows(1, (4, 32, 48))
+    cotangent = expert_rows(2, (4, capacity, 48))
+    poisoned = [jnp.where(mask[..., None], array, jnp.nan) for array in (rows, cotangent)]
+    together = products(recipe, poisoned[0], kernel, poisoned[1], mask)
+    for expert, count in enumerate(counts):
+        own = jax.tree.map(lambda leaf, expert=expert: leaf[expert], together)
+        if not count:
+            assert all((leaf == 0).all() for leaf in jax.tree.leaves(own[1:]))
+            continue
+        alone = products(recipe, rows[expert, :count], kernel[expert], cotangent[expert, :count])
+        for one, other in zip(jax.tree.leaves(own[0]), jax.tree.leaves(alone[0]), strict=True):
+            real = tuple(slice(size) for size in other.shape)
+            np.testing.assert_array_equal(one[real], other)
+        for one, other in zip(own[1:], alone[1:], strict=True):
+            one = one[:count] if one.shape[0] == capacity else one
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_empty_slots_leak_nothing(monkeypatch):
+    """NaN in every empty slot, into the experts and back out of them, changes no bit of loss and gradients."""
+    changes = dict(capacity="1.0", num_layers=1)
+    clean = gradients("averis_centered", **changes)
+    take, poisons = routing._take, []
+
+    def poison(rows, index, mask):
+        poisons.append(mask.shape)
+        empty = jnp.nan if mask.shape[0] == TINY.num_experts else 0.0  # slots, not choices
+        return jnp.where(mask[..., None], take(rows, index, mask), jnp.asarray(empty, rows.dtype))
+
+    monkeypatch.setattr(routing, "_take", poison)
+    poisoned = gradients.__wrapped__("averis_centered", **changes)
+    assert (TINY.num_experts, 32) in poisons
+    for one, other in zip(jax.tree.leaves(poisoned), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_tokens_beyond_the_capacity_are_dropped_and_counted():
+    """Of 64 tokens an expert takes 16; who finds no slot in either keeps what came in."""
+    config = dataclasses.replace(TINY, capacity="0.3", num_layers=1)
+    assert config.slots(TOKENS.size) == 16
+    model, full = build(config, "bf16"), build(dataclasses.replace(config, capacity="full"), "bf16")
+    monitor = Monitor({})
+    limited = model.hidden(TOKENS, monitor=monitor).reshape(64, -1)
+    unlimited = full.hidden(TOKENS, monitor=Monitor({})).reshape(64, -1)
+    choices_E = np.asarray(monitor.routing["choices"][0])
+    expected = np.maximum(choices_E - 16, 0).sum()
+    assert monitor.routing["dropped"].tolist() == [expected] and expected > 0
+    metrics = qwen3_moe.routing_metrics(monitor.routing)
+    assert metrics["dropped"] == expected and metrics["dropped_share"] == expected / 128
+    np.testing.assert_allclose(metrics["largest_load"], choices_E.max() / 32)
+    # The first 16 tokens find room everywhere; some later one finds none at all.
+    np.testing.assert_allclose(limited[:16], unlimited[:16], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(limited[16:], unlimited[16:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "tokens", "slots"),
+    [("1", 256, 64), ("1.25", 256, 80), ("1.1", 160, 48), ("0.001", 256, 16), ("full", 250, 250), ("9", 40, 40)],
+)
+def test_capacity_is_a_multiple_of_16_and_at_most_all_tokens(capacity, tokens, slots):
+    config = dataclasses.replace(TINY, num_experts=8, capacity=capacity)
+    assert config.slots(tokens) == slots
+
+
+@pytest.mark.slow
+def test_weights_prepared_once_and_rematerialization_change_nothing():
+    loss, grads = gradients("averis_centered")
+    for other_loss, other in (gradients("averis_centered", remat="linear_inputs"), _with_prepared_weights()):
+        np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other), strict=True):
+            assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(b) + 1e-7
+
+
+def _with_prepared_weights():
+    graphdef, state = nnx.split(build())
+
+    def loss(state):
+        model, monitor = nnx.merge(graphdef, state), Monitor({})
+        logits = model(TOKENS, key=KEY, weights=model.prepare_weights(KEY), monitor=monitor)
+        return jnp.mean(jnp.square(logits)) + model.load_balancing_loss(monitor.routing)
+
+    return jax.jit(jax.value_and_grad(loss))(state)
+
+
+def test_policies_name_the_experts_linears():
+    assert TINY.linear_paths[4:7] == tuple(f"layers.0.{name}" for name in EXPERTS)
+    assert len(TINY.linear_paths) == 14
+    model = build(rules=[(r"layers\.1\.mlp\.experts\.down", "bf16"), (r"experts", "nvfp4+nearest"), (".", "bf16")])
+    names = [[recipe.name for recipe in products.recipes] for _, products in model.segments]
+    assert names == [["bf16"] * 4 + ["nvfp4+nearest"] * 3, ["bf16"] * 4 + ["nvfp4+nearest"] * 2 + ["bf16"]]
+    nvidia = policy("nvidia", "averis", TINY.linear_paths).assign(TINY.linear_paths)
+    assert {path[:8] for path, found in nvidia.items() if found.is_high_precision} == {"layers.1"}
+    with pytest.raises(ValueError, match=r"experts\\.3.* matches none of the 14 linear layers"):
+        build(rules=[(r"experts\.3", "nvfp4")])
+
+
+def test_statistics_of_experts_are_the_sums_of_each_ones():
+    """Over real rows only."""
+    counts, recipe = (32, 5, 0), "averis+nearest"
+    mask = jnp.arange(32) < jnp.array(counts)[:, None]
+    rows, kernel = expert_rows(0, (3, 32, 32)), expert_rows(1, (3, 32, 48))
+    poisoned = jnp.where(mask[..., None], rows, jnp.nan)
+    value = policy("all_linear", recipe, ("a",)).recipe_for("a")
+    found = forward_statistics(
+        poisoned, prepare(poisoned, value, row_mask=mask, batch_dims=1), kernel,
+        prepare(kernel, value, "rhs", batch_dims=1), value, mask,
+    )  # fmt: skip
+    expected = sum(
+        forward_statistics(rows[e, :n], prepare(rows[e, :n], value), kernel[e], prepare(kernel[e], value, "rhs"), value)
+        for e, n in enumerate(counts)
+        if n
+    )
+    weights_of_idle = forward_statistics(
+        rows[2], prepare(rows[2], value), kernel[2], prepare(kernel[2], value, "rhs"), value
+    )
+    of_weights = np.array([".w." in name for name in FORWARD_STATISTICS])
+    np.testing.assert_allclose(found, expected + np.where(of_weights, weights_of_idle, 0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_probes_give_statistics_of_every_linear_layer():
+    model = build()
+    graphdef, state = nnx.split(model)
+    weights = model.prepare_weights(KEY)
+
+    def loss(probes):
+        monitor = Monitor(probes)
+        return nnx.merge(graphdef, state)(TOKENS, key=KEY, weights=weights, monitor=monitor).sum(), monitor.forward
+
+    gradient, forward = jax.jit(jax.grad(loss, has_aux=True))(model.probes())
+    assert set(gradient) == set(forward) == set(LINEARS)
+    elements = FORWARD_STATISTICS.index("fprop.x.elements")
+    for name in EXPERTS:
+        assert gradient[name].shape == (2, len(GRADIENT_STATISTICS)) and jnp.isfinite(gradient[name]).all()
+        assert (forward[name][:, elements] == TOKENS.size * 2 * 32).all()  # two choices of width 32 a token
+
+
+def test_bad_configurations_are_refused():
+    with pytest.raises(ValueError, match="num_experts_per_token=5 must be from 1 to num_experts=4"):
+        dataclasses.replace(TINY, num_experts_per_token=5)
+    for capacity in ("all", "0", "-1", "1/0"):
+        with pytest.raises(ValueError, match="capacity must be 'full' or a number above 0"):
+            dataclasses.replace(TINY, capacity=capacity)
+    with pytest.raises(ValueError, match=r"mlp_only_layers=\[1\], decoder_sparse_step=1: dense layers among"):
+        moe_fields({"mlp_only_layers": [1], "decoder_sparse_step": 1})
+    with pytest.raises(ValueError, match="decoder_sparse_step=2"):
+        moe_fields({"decoder_sparse_step": 2})
