@@ -12,7 +12,8 @@ Each file holds, for one small random model in float32:
                 experts those of a saved checkpoint, a matrix for each; a tied head is not stored twice
     tokens      int32 [2, 17]
     logits      float32 [2, 17, vocab_size]
-    aux_loss    float32, the load-balancing loss of the tokens; of models with experts
+    aux_loss    float32 [1 + num_hidden_layers], the load-balancing loss of the tokens, of all layers' sums and then of
+                each layer alone; of models with experts
     versions    JSON, the versions of torch and transformers
 """
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "models" / "fixtures"
 BATCH, LENGTH = 2, 17
@@ -99,6 +101,12 @@ def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
         return dict(sorted(load_file(Path(folder) / "model.safetensors").items()))
 
 
+def balance(output, case: dict) -> np.ndarray:
+    counts = case["num_experts"], case["num_experts_per_tok"]
+    layers = [load_balancing_loss_func((logits,), *counts) for logits in output.router_logits]
+    return np.array([output.aux_loss, *layers], np.float32)
+
+
 def main() -> None:
     FIXTURES.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -113,7 +121,7 @@ def main() -> None:
             output = model(tokens, **routers)
         logits = output.logits
         weights = {f"weight:{key}": value for key, value in weights_of(model).items()}
-        losses = {"aux_loss": output.aux_loss.numpy()} if routers else {}
+        losses = {"aux_loss": balance(output, case)} if routers else {}
         path = FIXTURES / f"{name}.npz"
         np.savez_compressed(
             path,

@@ -148,8 +148,9 @@ class Qwen3MoE(Qwen3):
     block_class: ClassVar[type[Block]] = MoEBlock
 
     def load_balancing_loss(self, routing: dict[str, Float32[Array, "..."]]) -> Float32[Array, ""]:
-        """Of one call, from what its monitor holds: `num_experts_per_token` where the experts get the same."""
-        return load_balancing_loss(routing["choices"], routing["probability"], self.config.num_experts_per_token)
+        """Mean over layers, of one call whose monitor holds `routing`; `num_experts_per_token` is the best."""
+        chosen = self.config.num_experts_per_token
+        return jnp.mean(load_balancing_loss(routing["choices"], routing["probability"], chosen))
 
 
 def routing_metrics(routing: dict[str, Float32[Array, "..."]]) -> dict[str, Float32[Array, ""]]:

@@ -132,16 +132,16 @@ def routing_sums(choices: Choices, slots: Slots) -> dict[str, Float32[Array, "..
 
 
 def load_balancing_loss(
-    choices_LxE: Float32[Array, "L E"], probability_LxE: Float32[Array, "L E"], num_chosen: int
-) -> Float32[Array, ""]:
+    choices: Float32[Array, "*layers E"], probability: Float32[Array, "*layers E"], num_chosen: int
+) -> Float32[Array, "*layers"]:
     """E x sum over experts of (choices a token) x (mean probability): `num_chosen` where all experts are alike.
 
-    Both are means over the tokens of all layers together, as in Hugging Face's Qwen3-MoE; for one layer it is Switch
-    Transformer's loss (arXiv 2101.03961, equations 4-6). The gradient flows through the probabilities.
+    Switch Transformer's loss (arXiv 2101.03961, equations 4-6), for every layer by itself. The gradient flows through
+    the probabilities. Hugging Face's Qwen3-MoE takes it of the sums over all layers, which is blind to layers that are
+    lopsided in different ways; each layer has its own slots to fill, so ours are not added before.
 
     Args:
-      choices_LxE, probability_LxE: `routing_sums` of every layer.
+      choices, probability: as in `routing_sums`.
     """
-    rows = jnp.sum(choices_LxE) / num_chosen
-    per_expert = (jnp.sum(choices_LxE, axis=0) / rows) * (jnp.sum(probability_LxE, axis=0) / rows)
-    return choices_LxE.shape[1] * jnp.sum(per_expert)
+    tokens = jnp.sum(choices, axis=-1, keepdims=True) / num_chosen
+    return choices.shape[-1] * jnp.sum((choices / tokens) * (probability / tokens), axis=-1)

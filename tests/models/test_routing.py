@@ -58,8 +58,8 @@ def test_there_and_back_with_cotangents(tokens, experts, chosen, capacity):
         for position, (token, rank) in enumerate(own):
             matrix[token, rank, expert, position] = 1
     random = np.random.default_rng(1)
-    x, y = random.normal(size=(tokens, 3)).astype(F32), random.normal(size=(experts, capacity, 3)).astype(F32)
-    weights = random.random((tokens, chosen)).astype(F32)
+    shapes = (tokens, 3), (experts, capacity, 3), (tokens, chosen)
+    x, y, weights = (jnp.asarray(random.normal(size=shape), F32) for shape in shapes)
 
     rows, pull = jax.vjp(lambda x: routing.dispatch(x, slots), x)
     np.testing.assert_array_equal(rows, np.einsum("sjec,sd->ecd", matrix, x))
@@ -119,7 +119,7 @@ def test_likeliest_experts_and_their_weights():
 def test_sums_count_what_was_chosen_and_what_was_dropped():
     choices = random_choices(40, 8, 2)
     slots = routing.assign_slots(jnp.asarray(choices), 8, 8)
-    weights, probabilities = np.ones((40, 2), F32), np.random.default_rng(0).random((40, 8)).astype(F32)
+    weights, probabilities = jnp.ones((40, 2)), jnp.asarray(np.random.default_rng(0).random((40, 8)), F32)
     sums = routing.routing_sums(routing.Choices(jnp.asarray(choices), weights, probabilities), slots)
     np.testing.assert_array_equal(sums["choices"], np.bincount(choices.reshape(-1), minlength=8))
     np.testing.assert_allclose(sums["probability"], probabilities.sum(0), rtol=1e-6)
@@ -127,10 +127,12 @@ def test_sums_count_what_was_chosen_and_what_was_dropped():
 
 
 def test_load_balancing_loss_is_least_for_equal_loads():
-    even, one = np.full((1, 8), 10, F32), np.array([[80, 0, 0, 0, 0, 0, 0, 0]], F32)
-    probability = np.full((1, 8), 5, F32)
+    even, one = jnp.full((8,), 10, F32), jnp.array([80, 0, 0, 0, 0, 0, 0, 0], F32)
+    probability = jnp.full((8,), 5, F32)
     assert routing.load_balancing_loss(even, probability, 2) == pytest.approx(2)
-    towards = np.array([[33, 1, 1, 1, 1, 1, 1, 1]], F32)
+    towards = jnp.array([33, 1, 1, 1, 1, 1, 1, 1], F32)
     assert routing.load_balancing_loss(one, towards, 2) == pytest.approx(8 * 2 * 33 / 40)
-    gradient = jax.grad(lambda p: routing.load_balancing_loss(jnp.asarray(one), p, 2))(jnp.asarray(towards))
-    assert gradient[0, 0] > 0 and (gradient[0, 1:] == 0).all()
+    opposite = routing.load_balancing_loss(jnp.stack([one, one[::-1]]), jnp.stack([towards, towards[::-1]]), 2)
+    np.testing.assert_allclose(opposite, [8 * 2 * 33 / 40] * 2, rtol=1e-6)  # layers do not make up for one another
+    gradient = jax.grad(lambda p: routing.load_balancing_loss(one, p, 2))(towards)
+    assert gradient[0] > 0 and (gradient[1:] == 0).all()
