@@ -16,7 +16,7 @@ from fp4jax.config import default_config
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.recipe = "averis"
-    config.steps = 60
+    config.steps = 200
     config.batch_size = 8
     config.seq_len = 128
     config.model.name = "qwen3_moe"
@@ -31,10 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.moe.num_experts = 8
     config.model.moe.num_experts_per_token = 2
     config.model.moe.capacity = "1.25"
-    config.model.moe.router_loss_coefficient = 0.01
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 10
-    config.checkpoint.every = 30
-    config.evaluation.every = 30
-    config.log.every = 5
+    config.model.moe.router_loss_coefficient = 0.1
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 20
+    config.checkpoint.every = 100
+    config.evaluation.every = 100
     return config
