@@ -1,9 +1,10 @@
-"""A Qwen3-MoE of about 6 million parameters, 8 experts of which a token takes 2, all in FP4 with Averis.
+"""A Qwen3-MoE of 1.9 million parameters, 8 experts of which a token takes 2, all in FP4 with Averis.
 
 Command:   make train CONFIG=configs/averis_moe_tiny.py
 Hardware:  2 CPU cores, 4 GB of memory; no accelerator
-Time:      not measured yet
-Expect:    not measured yet
+Time:      90 s of CPU time; 6 min 24 s measured on 2 cores that other programs kept busy
+Expect:    validation loss 6.24 after 200 steps, .38 nats below the unigram entropy; choices dropped: 27 % in step 60,
+           1.1 % in step 200
 
 All values are assumed.
 """

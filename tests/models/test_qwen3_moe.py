@@ -37,6 +37,17 @@ def build(config=TINY, recipe="averis_centered", rules=None):
     return Qwen3MoE(config, policy=chosen, rngs=nnx.Rngs(0))
 
 
+def called(model, tokens):
+    """(logits, routing sums)."""
+    graphdef, state = nnx.split(model)
+
+    def run(state, tokens):
+        monitor = Monitor({})
+        return nnx.merge(graphdef, state)(tokens, monitor=monitor), monitor.routing
+
+    return contract.jit(run)(state, tokens)
+
+
 def model_of_fixture(path):
     """Built by the table of names alone: what it forgets stays NaN."""
     data = np.load(path)
@@ -65,15 +76,14 @@ def model_of_fixture(path):
 )
 def test_logits_and_balance_equal_those_of_transformers(path):
     model, data = model_of_fixture(path)
-    monitor = Monitor({})
-    logits = model(jnp.asarray(data["tokens"]), monitor=monitor)
+    logits, found = called(model, jnp.asarray(data["tokens"]))
     np.testing.assert_allclose(logits, data["logits"], atol=2e-5, rtol=2e-5)
-    chosen, sums = model.config.num_experts_per_token, (monitor.routing["choices"], monitor.routing["probability"])
+    chosen, sums = model.config.num_experts_per_token, (found["choices"], found["probability"])
     np.testing.assert_allclose(routing.load_balancing_loss(*sums, chosen), data["aux_loss"][1:], rtol=1e-5)
     pooled = [values.sum(0) for values in sums]
     np.testing.assert_allclose(routing.load_balancing_loss(*pooled, chosen), data["aux_loss"][0], rtol=1e-5)
-    np.testing.assert_allclose(model.load_balancing_loss(monitor.routing), data["aux_loss"][1:].mean(), rtol=1e-5)
-    assert monitor.routing["dropped"].tolist() == [0] * model.config.num_layers
+    np.testing.assert_allclose(model.load_balancing_loss(found), data["aux_loss"][1:].mean(), rtol=1e-5)
+    assert found["dropped"].tolist() == [0] * model.config.num_layers
 
 
 @functools.cache
@@ -140,10 +150,10 @@ def products(recipe, rows, kernel, cotangent, row_mask=None):
 @pytest.mark.parametrize("recipe", ["averis+nearest", pytest.param("averis_centered+nearest", marks=pytest.mark.slow)])
 def test_an_expert_multiplies_its_own_rows_and_no_others(recipe):
     """Codes, means and products of every expert are those of its rows alone, whatever its slots hold besides."""
-    counts, capacity = (48, 0, 17), 48
+    counts, capacity = (0, 17), 32
     mask = jnp.arange(capacity) < jnp.array(counts)[:, None]
-    rows, kernel = expert_rows(0, (3, capacity, 32)), expert_rows(1, (3, 32, 48))
-    cotangent = expert_rows(2, (3, capacity, 48))
+    rows, kernel = expert_rows(0, (2, capacity, 32)), expert_rows(1, (2, 32, 48))
+    cotangent = expert_rows(2, (2, capacity, 48))
     poisoned = [jnp.where(mask[..., None], array, jnp.nan) for array in (rows, cotangent)]
     together = products(recipe, poisoned[0], kernel, poisoned[1], mask)
     for expert, count in enumerate(counts):
@@ -166,6 +176,7 @@ def test_an_expert_multiplies_its_own_rows_and_no_others(recipe):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_draw_belongs_to_expert_row_and_column():
     """Neither more slots nor the rows of other experts change an expert's codes."""
     value = recipe("averis+sr_all")
@@ -203,22 +214,22 @@ def test_empty_slots_leak_nothing(monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_capacity_are_dropped_and_counted():
     """Of 64 tokens an expert takes 16; who finds no slot in either keeps what came in."""
     config = dataclasses.replace(TINY, capacity="0.3", num_layers=1)
     assert config.slots(TOKENS.size) == 16
-    model, full = build(config, "bf16"), build(dataclasses.replace(config, capacity="full"), "bf16")
-    monitor = Monitor({})
-    limited = model.hidden(TOKENS, monitor=monitor).reshape(64, -1)
-    unlimited = full.hidden(TOKENS, monitor=Monitor({})).reshape(64, -1)
-    choices_E = np.asarray(monitor.routing["choices"][0])
+    limited, found = called(build(config, "bf16"), TOKENS)
+    unlimited, _ = called(build(dataclasses.replace(config, capacity="full"), "bf16"), TOKENS)
+    limited, unlimited = limited.reshape(64, -1), unlimited.reshape(64, -1)
+    choices_E = np.asarray(found["choices"][0])
     expected = np.maximum(choices_E - 16, 0).sum()
-    assert monitor.routing["dropped"].tolist() == [expected] and expected > 0
-    metrics = qwen3_moe.routing_metrics(monitor.routing)
+    assert found["dropped"].tolist() == [expected] and expected > 0
+    metrics = qwen3_moe.routing_metrics(found)
     assert metrics["dropped"] == expected and metrics["dropped_share"] == expected / 128
     np.testing.assert_allclose(metrics["largest_load"], choices_E.max() / 32)
     # The first 16 tokens find room everywhere; some later one finds none at all.
-    np.testing.assert_allclose(limited[:16], unlimited[:16], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(limited[:16], unlimited[:16], rtol=1e-4, atol=1e-4)
     assert not np.allclose(limited[16:], unlimited[16:], atol=1e-3)
 
 
