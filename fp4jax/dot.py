@@ -80,6 +80,10 @@ def dot_general(
 ) -> Float[Array, "..."]:
     """`jax.lax.dot_general` of activations and weights under a recipe, differentiable in both.
 
+    >>> product = jax.jit(lambda x, w: dot_general(x, w, (((1,), (0,)), ((), ())), recipe="nvfp4"))
+    >>> product(jnp.ones((16, 64)), jnp.ones((64, 32))).shape
+    (16, 32)
+
     Args:
       lhs: activations. Its free axes are tokens; blocks of the weight gradient run along the last of them.
       rhs: weights. Batch dimensions are independent matrices, each with its own means and tensor scales.
