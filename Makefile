@@ -7,7 +7,7 @@ PYTHON_VENV := .venv/bin/python
 INSTALLED   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models train test test-slow test-compile test-peer test-all lint format clean
+.PHONY: help setup models train test test-slow test-compile test-peer test-all docs lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,15 @@ test-peer: .venv-peer/.installed models ## against Transformer Engine (bit for b
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)
+
+.venv-docs/.installed: requirements-docs.txt $(INSTALLED)
+	$(PYTHON_VENV) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+docs: .venv-docs/.installed ## the documentation as a site in build/site; a warning is an error (installs 150 MB beside .venv)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "docs: open build/site/index.html"
 
 lint: $(INSTALLED) ## ruff: rules and formatting
 	$(PYTHON_VENV) -m ruff check .

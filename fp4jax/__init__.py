@@ -34,6 +34,8 @@ _DEFINED_IN = {
     "Recipe": "fp4jax.recipes",
     "Policy": "fp4jax.policy",
     "PolicyFile": "fp4jax.policy",
+    # Is FP4 really on? Every matrix product of a function and how it runs.
+    "report": "fp4jax.reporting",
 }
 
 # Public modules, from the ground up.

@@ -31,6 +31,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.geometry.command",
         "main",
     ),
+    "report": Subcommand(
+        "is FP4 really on? which matrix products of a training step run in it, and why not the others",
+        "fp4jax.analysis.report.command",
+        "main",
+    ),
     "ptq": Subcommand(
         "loss and weight gradients of a pretrained model under every recipe",
         "fp4jax.analysis.ptq.command",

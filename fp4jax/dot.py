@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from fp4jax import gemm as gemms
+from fp4jax import scopes
 from fp4jax.batching import once_differentiable, vary_alike, vmappable
 from fp4jax.canonical import canonicalize, check_canonical, check_operands, check_row_mask, result_type
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
@@ -54,6 +55,7 @@ class _Spec:
     gemm_dtype: jnp.dtype
     precision: object
     quantizer: Quantizer
+    short: tuple[int | None, int | None]  # contractions over inputs, outputs that are too short to quantize
 
     def with_batch_dims(self, batch_dims: int) -> "_Spec":
         return dataclasses.replace(self, batch_dims=batch_dims)
@@ -77,6 +79,10 @@ def dot_general(
     gemm: str = "auto",
 ) -> Float[Array, "..."]:
     """`jax.lax.dot_general` of activations and weights under a recipe, differentiable in both.
+
+    >>> product = jax.jit(lambda x, w: dot_general(x, w, (((1,), (0,)), ((), ())), recipe="nvfp4"))
+    >>> product(jnp.ones((16, 64)), jnp.ones((64, 32))).shape
+    (16, 32)
 
     Args:
       lhs: activations. Its free axes are tokens; blocks of the weight gradient run along the last of them.
@@ -107,9 +113,10 @@ def dot_general(
     _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
     quantizer, gemm_dtype = implementation(backend, gemm)
     if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
-        return lax.dot_general(
-            lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
-        )
+        with scopes.of_recipe(recipe.name):
+            return lax.dot_general(
+                lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
+            )
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
     precision = tuple(precision) if isinstance(precision, list) else precision
     product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, gemm_dtype)
@@ -181,8 +188,9 @@ def _product(
 ):
     """`dot_general` after its checks, under Auto axes: static arguments first, then arrays."""
     x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
-    recipe = _for_contractions(recipe, x.shape[-1], w.shape[-1])
-    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, gemm_dtype, precision, quantizer)
+    asked, recipe = recipe, _for_contractions(recipe, x.shape[-1], w.shape[-1])
+    short = tuple(size if size < _MIN_CONTRACTION and recipe != asked else None for size in (x.shape[-1], w.shape[-1]))
+    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, gemm_dtype, precision, quantizer, short)
     mask = None if row_mask is None else layout.row_mask(row_mask)
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
     new_x, new_w = _prepare(recipe, spec.batch_dims, quantizer, raw_x, raw_w, words, mask)
@@ -238,10 +246,11 @@ def _differentiable(spec: _Spec):
 def _preparation(recipe: Recipe, batch_dims: int, quantizer: Quantizer):
     def stage(x, w, unused, words, mask):
         del unused
-        return (
-            None if x is None else prepare_tokens(x, recipe, X_SLOTS, batch_dims, words, mask, quantizer),
-            None if w is None else prepare_weights(w, recipe, batch_dims, words, quantizer),
-        )
+        with scopes.of_recipe(recipe.name), scopes.of_preparation():
+            return (
+                None if x is None else prepare_tokens(x, recipe, X_SLOTS, batch_dims, words, mask, quantizer),
+                None if w is None else prepare_weights(w, recipe, batch_dims, words, quantizer),
+            )
 
     return vmappable(stage, batch_dims, lambda dims: _preparation(recipe, dims, quantizer), per_token=(True, False))
 
@@ -250,7 +259,7 @@ def _preparation(recipe: Recipe, batch_dims: int, quantizer: Quantizer):
 def _fprop(spec: _Spec):
     def stage(unused, w, x, words, mask):
         del unused, words
-        with jax.named_scope("fprop"):
+        with scopes.of_recipe(spec.recipe.name), scopes.of_gemm("fprop", spec.short[0]):
             y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.gemm_dtype, spec.precision, mask)
         return (y.astype(spec.dtype),)
 
@@ -262,15 +271,16 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
     def stage(d, w, x, words, mask):
         recipe, batch_dims = spec.recipe, spec.batch_dims
         d = mask_rows(d, mask)
-        dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
+        with scopes.of_recipe(recipe.name), scopes.of_preparation():
+            dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
         how = (spec.gemm_dtype, spec.precision, mask)
 
         def contract(x, d_part):
             return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, *how)
 
-        with jax.named_scope("dgrad"):
+        with scopes.of_recipe(recipe.name), scopes.of_gemm("dgrad", spec.short[0] or spec.short[1]):
             dx = gemms.contract_features(dq.forward, w, -1, batch_dims, *how)
-        with jax.named_scope("wgrad"):
+        with scopes.of_recipe(recipe.name), scopes.of_gemm("wgrad", spec.short[0]):
             dw = contract(x, dq.backward)
         statistics = None
         if with_statistics:

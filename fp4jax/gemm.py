@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from fp4jax import scopes
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
-
-PRODUCT_SCOPES = ("high_precision_product", "half_quantized_product", "quantized_product")
 
 
 def contract_features(
@@ -36,12 +35,13 @@ def contract_features(
         _times_weights, weights=rhs, rhs_axis=rhs_axis, batch_dims=batch_dims, dtype=dtype, precision=precision
     )
     result = product(lhs.residual)
-    if lhs.mean is not None:
-        row = product(lhs.mean, few_rows=True)
-        result = result + (row if row_mask is None else jnp.where(row_mask[..., None], row, 0.0))
-    if lhs.low_rank is not None:
-        left, right = low_rank_factors_of(lhs.low_rank, batch_dims)
-        result = result + _exact(left, product(right, few_rows=True), ((left.ndim - 1,), (batch_dims,)), batch_dims)
+    with scopes.of_correction():
+        if lhs.mean is not None:
+            row = product(lhs.mean, few_rows=True)
+            result = result + (row if row_mask is None else jnp.where(row_mask[..., None], row, 0.0))
+        if lhs.low_rank is not None:
+            left, right = low_rank_factors_of(lhs.low_rank, batch_dims)
+            result = result + _exact(left, product(right, few_rows=True), ((left.ndim - 1,), (batch_dims,)), batch_dims)
     return result
 
 
@@ -56,16 +56,18 @@ def contract_tokens(
         result = product(x.residual, columns)
         if x.low_rank is None:
             return result
-        _, right = low_rank_factors_of(x.low_rank, batch_dims)
-        of_left = product(x.low_rank.left, columns) * _as_rows(x.low_rank.scale, batch_dims)
-        return result + _exact(right, of_left, ((batch_dims,), (batch_dims,)), batch_dims)
+        with scopes.of_correction():
+            _, right = low_rank_factors_of(x.low_rank, batch_dims)
+            of_left = product(x.low_rank.left, columns) * _as_rows(x.low_rank.scale, batch_dims)
+            return result + _exact(right, of_left, ((batch_dims,), (batch_dims,)), batch_dims)
 
     result = against(d.residual)
-    if d.low_rank is not None:
-        _, right = low_rank_factors_of(d.low_rank, batch_dims)
-        left = jnp.swapaxes(_as_rows(d.low_rank.scale, batch_dims), -1, -2) * against(d.low_rank.left)
-        result = result + _exact(left, right, ((batch_dims + 1,), (batch_dims,)), batch_dims)
-    return result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask)
+    with scopes.of_correction():
+        if d.low_rank is not None:
+            _, right = low_rank_factors_of(d.low_rank, batch_dims)
+            left = jnp.swapaxes(_as_rows(d.low_rank.scale, batch_dims), -1, -2) * against(d.low_rank.left)
+            result = result + _exact(left, right, ((batch_dims + 1,), (batch_dims,)), batch_dims)
+        return result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask)
 
 
 def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_mask):
@@ -96,10 +98,11 @@ def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, dtype, precisio
     result = product(rows, weights.residual, rhs_axis, precision=precision)
     if weights.low_rank is None:
         return result
-    left, right = low_rank_factors_of(weights.low_rank, batch_dims)  # W = left · right
-    first, second = (left, right) if rhs_axis == -2 else (right, left)
-    inner = product(rows, first, rhs_axis, precision=lax.Precision.HIGHEST)
-    return result + _exact(inner, second, ((inner.ndim - 1,), (batch_dims + rhs_axis + 2,)), batch_dims)
+    with scopes.of_correction():
+        left, right = low_rank_factors_of(weights.low_rank, batch_dims)  # W = left · right
+        first, second = (left, right) if rhs_axis == -2 else (right, left)
+        inner = product(rows, first, rhs_axis, precision=lax.Precision.HIGHEST)
+        return result + _exact(inner, second, ((inner.ndim - 1,), (batch_dims + rhs_axis + 2,)), batch_dims)
 
 
 def _as_rows(scale, batch_dims: int):
@@ -119,7 +122,7 @@ def _over_tokens(lhs, rhs, *, rank, batch_dims, dtype, precision):
     lhs_values, lhs_scale = _operand(lhs, tokens, -2, dtype)
     rhs_values, rhs_scale = _operand(rhs, tokens, -2, dtype)
     lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -2, -2)
-    with _scope_of(lhs, rhs):
+    with scopes.of_operands(lhs, rhs):
         result = lax.dot_general(
             lhs_values,
             rhs_values,
@@ -143,7 +146,7 @@ def _product(lhs, rhs, rhs_axis, *, batch_dims, dtype, precision):
     lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -1, rhs_axis)
     batch = tuple(range(batch_dims))
     dimension_numbers = (((lhs_values.ndim - 1,), (rhs_values.ndim + rhs_axis,)), (batch, batch))
-    with _scope_of(lhs, rhs):
+    with scopes.of_operands(lhs, rhs):
         result = lax.dot_general(
             lhs_values,
             rhs_values,
@@ -157,11 +160,6 @@ def _product(lhs, rhs, rhs_axis, *, batch_dims, dtype, precision):
         scale = rhs_scale.squeeze(rhs_axis)
         result = result * scale.reshape(*scale.shape[:-1], *[1] * (result.ndim - scale.ndim), scale.shape[-1])
     return result
-
-
-def _scope_of(lhs, rhs):
-    """The name of a product in profiles and compiled programs, by its number of quantized operands."""
-    return jax.named_scope(PRODUCT_SCOPES[isinstance(lhs, QTensor) + isinstance(rhs, QTensor)])
 
 
 def _precision_of(lhs, lhs_scale, rhs, rhs_scale, precision):

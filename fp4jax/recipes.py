@@ -297,6 +297,17 @@ _CONTRADICTIONS = (
 def recipe(name: str) -> Recipe:
     """The recipe of that name, with its variants: `recipe("averis")`, `recipe("averis+sr_all+mean_bf16")`.
 
+    >>> print(recipe("nvfp4+2d"))
+    recipe nvfp4+2d
+      fprop.x  NVFP4, 1x16, nearest
+      fprop.w  NVFP4, 16x16, nearest
+      dgrad.g  NVFP4, 1x16, stochastic
+      dgrad.w  NVFP4, 16x16, nearest
+      wgrad.x  NVFP4, 1x16, nearest
+      wgrad.g  NVFP4, 1x16, stochastic
+    >>> recipe("averis").gradient_draws, recipe("averis+nearest").gradient_draws
+    (True, False)
+
     Raises:
       ValueError: an unknown recipe or variant, a variant given twice, or variants that contradict each other or the
         recipe.

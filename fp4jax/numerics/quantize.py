@@ -38,6 +38,10 @@ def quantize(
 ) -> QTensor:
     """Quantizes an array. No gradient flows through it: rounding has none.
 
+    >>> x = jnp.array([[0.3, -6.0, 2.4, 1.1]])
+    >>> quantize(x, formats.MXFP4, axis=-1).dequantize()
+    Array([[ 0.5, -6. ,  2. ,  1. ]], dtype=float32)
+
     Args:
       x: a floating-point array with at least one element.
       format: the number format.

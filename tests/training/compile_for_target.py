@@ -17,12 +17,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from fp4jax.config import default_config
-from fp4jax.gemm import PRODUCT_SCOPES
 from fp4jax.recipes import list_recipes
+from fp4jax.reporting.optimized_hlo import Program
+from fp4jax.scopes import PRODUCT_SCOPES
 from fp4jax.training import make_mesh, make_optimizer, make_train_step, model_template
 from fp4jax.training.mesh import BATCH
 from fp4jax.training.state import sharded_abstract_state
-from tests.training.optimized_hlo import Program
 
 STAGES = ("fprop", "dgrad", "wgrad")
 WIDE_TYPES = ("f64", "c64", "c128")

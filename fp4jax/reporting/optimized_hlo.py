@@ -47,6 +47,14 @@ class Instruction:
     def is_product(self) -> bool:
         return self.opcode in _PRODUCTS or (self.opcode == "custom-call" and bool(_PRODUCT_CALLS.search(self.rest)))
 
+    @property
+    def branches(self) -> list[str]:
+        """Computations of a conditional, in the order of the operands behind the first."""
+        listed = re.search(r"\bbranch_computations=\{([^}]*)\}", self.rest)
+        if listed:
+            return re.findall(r"[\w.-]+", listed[1])
+        return [name for name in map(self.called, ("true_computation", "false_computation")) if name]
+
     def called(self, attribute: str) -> str | None:
         match = re.search(rf"\b{attribute}=%?([\w.-]+)", self.rest)
         return match[1] if match else None
@@ -77,8 +85,9 @@ class Program:
         self.entry = ""
         self._parse(text)
         for instruction in self.instructions.values():
-            for called in re.findall(r"\b(?:calls|to_apply|body|condition)=%?([\w.-]+)", instruction.rest):
-                self.callers.setdefault(called, []).append(instruction)
+            called = re.findall(r"\b(?:calls|to_apply|body|condition)=%?([\w.-]+)", instruction.rest)
+            for computation in called + instruction.branches:
+                self.callers.setdefault(computation, []).append(instruction)
 
     def _parse(self, text: str) -> None:
         computation = ""
@@ -167,7 +176,7 @@ class Program:
             case "call":
                 return [(self.roots[instruction.called("to_apply")], index)]
             case "conditional":
-                raise ValueError("conditionals are not followed")
+                return [(self.roots[branch], index) for branch in instruction.branches]
             case "optimization-barrier":
                 return [(operands[0], index)]
             case opcode:
@@ -177,6 +186,10 @@ class Program:
         """What the callers of a computation pass for one of its parameters."""
         found = []
         for caller in self.callers[parameter.computation]:
+            if caller.opcode == "conditional":
+                taken = [i for i, branch in enumerate(caller.branches) if branch == parameter.computation]
+                found += [(self.operands(caller)[1 + branch], index) for branch in taken]
+                continue
             operand = self.instructions[caller.computation, caller.operands[int(parameter.argument)]]
             found.append((operand, index))
             if caller.opcode == "while":

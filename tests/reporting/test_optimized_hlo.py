@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 from fp4jax.numerics import FORMATS, quantize
-from tests.training.optimized_hlo import Program
+from fp4jax.reporting.optimized_hlo import Program
 
 X = jax.ShapeDtypeStruct((32, 64), jnp.float32)
 
@@ -66,6 +66,16 @@ def test_paths_go_through_loops():
     kernels = jax.ShapeDtypeStruct((3, 64, 64), jnp.float32)
     assert sources(lambda x, w: through_loop(x, w, skip=False), X, kernels) == ["parameter"]
     assert sources(lambda x, w: through_loop(x, w, skip=True), X, kernels) == [None]
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["in both branches", "in one branch"])
+def test_paths_go_through_branches(both):
+    def through_branches(x, w, index):
+        branches = [lambda x: quantized(x, FORMATS[0]), lambda x: quantized(jnp.sin(x), FORMATS[0]) if both else x * 2]
+        return product(lax.switch(index, branches, x), w)
+
+    found = sources(through_branches, X, X.update(shape=(64, 8)), jax.ShapeDtypeStruct((), jnp.int32))
+    assert found == [None if both else "parameter"]
 
 
 def test_a_product_is_a_precise_source():

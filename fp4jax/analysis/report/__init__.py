@@ -1,0 +1,1 @@
+"""`fp4jax.report` on the training step of a configuration."""

@@ -1,0 +1,83 @@
+"""What the documentation shows is what happens: doctests, errors, generated tables."""
+
+import doctest
+import importlib
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fp4jax
+
+ROOT = Path(fp4jax.__file__).parent.parent
+DOCS = ROOT / "docs"
+MODULES = sorted({*fp4jax._DEFINED_IN.values(), "fp4jax.numerics.quantize", "fp4jax.reporting.report"})
+SHOWN = {"fp4jax.dot", "fp4jax.recipes", "fp4jax.numerics.quantize", "fp4jax.reporting.report"}
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_are_true(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+    assert (result.attempted > 0) == (name in SHOWN)
+
+
+def errors():
+    """(heading, code, message) of every entry of docs/errors.md, and the code they all start with."""
+    text = (DOCS / "errors.md").read_text(encoding="utf-8")
+    start, *entries = re.split(r"^## ", text, flags=re.MULTILINE)
+    found = []
+    for entry in entries:
+        code, message = (re.search(rf"```{kind}\n(.*?)\n```", entry, re.DOTALL) for kind in ("python", "text"))
+        if code and message:
+            found.append((entry.splitlines()[0], code[1], message[1]))
+    return re.search(r"```python\n(.*?)```", start, re.DOTALL)[1], found
+
+
+RUN = """
+import json, sys
+setup, entries = json.load(sys.stdin)
+names = {}
+exec(setup, names)
+for code in entries:
+    try:
+        exec(code, names)
+        print("no error")
+    except Exception as error:
+        print(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+"""
+
+
+def test_errors_are_as_documented():
+    """In a process of its own, without the type checks that tests put in front of the library's own."""
+    setup, entries = errors()
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    assert len(entries) == page.count("```text\n") >= 14
+    text = json.dumps([setup, [code for _, code, _ in entries]])
+    run = subprocess.run([sys.executable, "-c", RUN], input=text, capture_output=True, text=True, cwd=ROOT, check=True)
+    said = dict(zip([heading for heading, _, _ in entries], run.stdout.splitlines(), strict=True))
+    assert said == {heading: message for heading, _, message in entries}
+
+
+def test_recipe_tables_are_current():
+    page = runpy.run_path(str(ROOT / "scripts" / "make_recipe_tables.py"))["page"]()
+    assert (DOCS / "recipe_tables.md").read_text(encoding="utf-8") == page, "run scripts/make_recipe_tables.py"
+
+
+def test_which_recipe_shows_the_ledgers_figures():
+    """Every row of the page's table stands in RESULTS.md's, with the same two losses."""
+
+    def rows(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+        return {row[0]: row[1:] for row in cells}
+
+    ledger, page = rows(ROOT / "RESULTS.md"), rows(DOCS / "which_recipe.md")
+    assert len(page) >= 8
+    for name, (everything, activations) in page.items():
+        assert (ledger[name][0], ledger[name][3]) == (everything, activations), name
