@@ -102,8 +102,7 @@ def dot_general(
       The product with lax's result shape and dtype. Masked rows are zero.
 
     Under `jax.vmap` over lhs alone the examples are more tokens of one product: they share statistics, and the weight
-    gradient is summed inside. Per-example weight gradients (`vmap(grad(...))`) exist only if the weights are mapped
-    too.
+    gradient is summed inside. Weight gradients of single examples exist only if the weights are mapped too.
 
     Raises:
       ValueError: arguments that do not fit, saying what was given, what is accepted and what to do.
@@ -113,17 +112,15 @@ def dot_general(
     _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
     quantizer, gemm_dtype = implementation(backend, gemm)
     if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
+        asked = (dimension_numbers, precision, preferred_element_type)
         with scopes.of_recipe(recipe.name):
-            return lax.dot_general(
-                lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
-            )
+            return lax.dot_general(lhs, rhs, *asked, out_sharding=out_sharding)
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
     precision = tuple(precision) if isinstance(precision, list) else precision
     product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, gemm_dtype)
-    mesh = explicit_mesh(lhs, rhs)
     words = None if key is None else key_words(key)
     arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
-    return with_auto_axes(product, mesh, result.sharding)(*arrays)
+    return with_auto_axes(product, explicit_mesh(lhs, rhs), result.sharding)(*arrays)
 
 
 def prepare(
