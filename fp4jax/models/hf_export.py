@@ -181,9 +181,9 @@ def write_folder(
         temporary.mkdir(parents=True)
     try:
         with _storage_errors(destination):
-            size = _write_weights(temporary, tensors, shard_bytes)
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
+            size = _write_weights(temporary, tensors, shard_bytes)
             temporary.rename(destination)
         return size
     finally:
@@ -195,6 +195,7 @@ def _write_weights(folder: pathlib.Path, tensors: Tensors, shard_bytes: int) -> 
     total = 0
     for number, shard in enumerate(_shards(tensors, shard_bytes)):
         safetensors.numpy.save_file(shard, folder / f"{number}", metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG, folder / f"{number}")  # the library lets nobody else read it
         names.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(names) == 1:
