@@ -5,6 +5,7 @@ The libraries run in a process of their own (.venv-peer, `make test-peer`).
 
 import importlib.util
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -39,16 +40,11 @@ SMALL = {
 forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
-def run(tmp_path, *jobs):
-    (tmp_path / "jobs.json").write_text(
-        json.dumps(
-            [
-                {k: v if isinstance(v, dict) else str(v) if isinstance(v, Path) else v for k, v in job.items()}
-                for job in jobs
-            ]
-        )
-    )
-    subprocess.run([PYTHON, PROCESS, tmp_path / "jobs.json"], check=True)
+def run(folder, jobs):
+    """Does the jobs in one process: it takes longer to start than to do them."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs, default=str))
+    subprocess.run([PYTHON, PROCESS, path], check=True, env=os.environ | {"TQDM_DISABLE": "1"})
 
 
 def check_decompressed(found, loaded, layers):
@@ -63,55 +59,67 @@ def check_decompressed(found, loaded, layers):
         assert np.array_equal(np.asarray(value.astype(jnp.bfloat16)).astype(np.float32), found[name]), name
 
 
-@pytest.mark.parametrize("name", ["qwen3_mqa_untied", "qwen3_gqa_tied", "llama_gqa_tied"])
-def test_transformers_reads_what_we_write(name, tmp_path):
-    folder, data = hf_folders.write_fixture(tmp_path / "model", name)
-    convert(str(folder), str(tmp_path / "out"))
-    np.save(tmp_path / "tokens.npy", data["tokens"])
-    run(tmp_path, dict(do="logits", folder=tmp_path / "out", tokens=tmp_path / "tokens.npy", out=tmp_path / "out.npz"))
-    np.testing.assert_allclose(np.load(tmp_path / "out.npz")["logits"], data["logits"], atol=1e-5, rtol=1e-5)
+WRITTEN = ["qwen3_mqa_untied", "qwen3_gqa_tied", "llama_gqa_tied"]
+RECIPES = ["nvfp4", "nvfp4_hadamard", "four_over_six"]
+SAVED = {"qwen3-bfloat16": "40KB", "llama-float32": "5GB", "llama-float16": "60KB"}
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_hadamard", "four_over_six"])
-def test_compressed_tensors_reads_our_nvfp4(recipe, tmp_path):
-    folder, data = hf_folders.write_fixture(tmp_path / "model", "qwen3_gqa_tied")
-    convert(
-        str(folder), str(tmp_path / "out"), format="nvfp4", recipe=recipe, policy='[["q_proj", "bf16"], [".", "run"]]'
-    )
-    np.save(tmp_path / "tokens.npy", data["tokens"])
-    run(
-        tmp_path,
-        dict(do="decompress", folder=tmp_path / "out", out=tmp_path / "weights.npz"),
-        dict(do="logits", folder=tmp_path / "out", tokens=tmp_path / "tokens.npy", out=tmp_path / "out.npz"),
-    )
-    loaded = models.load_parameters(tmp_path / "out", dtype="bfloat16")
-    check_decompressed(dict(np.load(tmp_path / "weights.npz")), loaded, 2 * 6)
-    ours, theirs = forward(loaded.model(), jnp.asarray(data["tokens"])), np.load(tmp_path / "out.npz")["logits"]
-    distance, own_noise = np.linalg.norm(ours - theirs), np.linalg.norm(ours - data["logits"])
-    print(
-        f"{recipe}: logits {distance / np.linalg.norm(ours):.2%} apart, quantization moved them by {own_noise / np.linalg.norm(ours):.2%}"
-    )
-    assert distance < 0.03 * np.linalg.norm(ours) < 0.5 * own_noise
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """A folder: NAME/ is a model's and NAME.npz what the libraries made of it."""
+    root = tmp_path_factory.mktemp("peer")
+    jobs = []
+    for name in WRITTEN:
+        folder, data = hf_folders.write_fixture(root / "models" / name, name)
+        convert(str(folder), str(root / name))
+        np.save(root / f"{name}.npy", data["tokens"])
+        jobs.append(dict(do="logits", folder=root / name, tokens=root / f"{name}.npy", out=root / f"{name}.npz"))
+    source, policy = root / "models" / "qwen3_gqa_tied", '[["q_proj", "bf16"], [".", "run"]]'
+    for recipe in RECIPES:
+        out = root / recipe
+        convert(str(source), str(out), format="nvfp4", recipe=recipe, policy=policy)
+        tokens = root / "qwen3_gqa_tied.npy"
+        jobs.append(dict(do="logits", folder=out, tokens=tokens, out=root / f"{recipe}.npz"))
+        jobs.append(dict(do="decompress", folder=out, out=root / f"{recipe}_weights.npz"))
+    np.save(root / "random.npy", np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 20)))
+    for name, shard in SAVED.items():
+        model_type, dtype = name.split("-")
+        config = SMALL | {"model_type": model_type, "tie_word_embeddings": shard == "5GB", "initializer_range": 0.2}
+        jobs.append(dict(do="save", folder=root / name, config=config, seed=1, dtype=dtype, max_shard_size=shard))
+        jobs.append(dict(do="logits", folder=root / name, tokens=root / "random.npy", out=root / f"{name}.npz"))
+    run(root, jobs)
+    return root
 
 
-@pytest.mark.parametrize(
-    ("model_type", "dtype", "shard"),
-    [("qwen3", "bfloat16", "40KB"), ("llama", "float32", "5GB"), ("llama", "float16", "60KB")],
-)
-def test_we_read_what_transformers_writes(model_type, dtype, shard, tmp_path):
-    config = SMALL | {"model_type": model_type, "tie_word_embeddings": shard == "5GB", "initializer_range": 0.2}
-    tokens = np.random.default_rng(0).integers(0, 131, (2, 20)).astype(np.int32)
-    np.save(tmp_path / "tokens.npy", tokens)
-    folder = tmp_path / "theirs"
-    run(
-        tmp_path,
-        dict(do="save", folder=folder, config=config, seed=1, dtype=dtype, max_shard_size=shard),
-        dict(do="logits", folder=folder, tokens=tmp_path / "tokens.npy", out=tmp_path / "out.npz"),
-    )
-    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard != "5GB")
-    loaded = models.load_parameters(folder)
-    assert loaded.origin.dtype == dtype
-    ours, theirs = forward(loaded.model(), jnp.asarray(tokens)), np.load(tmp_path / "out.npz")["logits"]
+def logits_of(path, tokens, dtype="float32"):
+    loaded = models.load_parameters(path, dtype=dtype)
+    return forward(loaded.model(), jnp.asarray(tokens, jnp.int32))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_transformers_reads_what_we_write(name, peer):
+    _, data, _ = hf_folders.read_fixture(name)
+    theirs = np.load(peer / f"{name}.npz")["logits"]
+    np.testing.assert_allclose(theirs, data["logits"], atol=1e-5, rtol=1e-5)  # of the model before it went through us
+    np.testing.assert_allclose(logits_of(peer / name, data["tokens"]), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_compressed_tensors_reads_our_nvfp4(recipe, peer):
+    check_decompressed(np.load(peer / f"{recipe}_weights.npz"), models.load_parameters(peer / recipe), 2 * 6)
+    _, data, _ = hf_folders.read_fixture("qwen3_gqa_tied")
+    ours, theirs = logits_of(peer / recipe, data["tokens"], "bfloat16"), np.load(peer / f"{recipe}.npz")["logits"]
+    apart, moved = (np.linalg.norm(ours - other) / np.linalg.norm(ours) for other in (theirs, data["logits"]))
+    print(f"{recipe}: logits {apart:.2%} apart in bfloat16; quantization moved them by {moved:.2%}")
+    assert apart < 0.03 and moved > 0.1
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_we_read_what_transformers_writes(name, peer):
+    assert (len(list((peer / name).glob("*.safetensors"))) > 1) == (SAVED[name] != "5GB")
+    dtype = name.partition("-")[2]
+    assert models.load_parameters(peer / name).origin.dtype == dtype
+    ours, theirs = logits_of(peer / name, np.load(peer / "random.npy")), np.load(peer / f"{name}.npz")["logits"]
     tolerance = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}[dtype]
     assert np.linalg.norm(ours - theirs) < tolerance * np.linalg.norm(ours)
 
@@ -123,15 +131,10 @@ def test_smollm2_in_both_forms(tmp_path):
     print(convert("smollm2-135m", str(tmp_path / "plain")))
     print(convert("smollm2-135m", str(tmp_path / "nvfp4"), format="nvfp4"))
     np.save(tmp_path / "tokens.npy", tokens[None])
-    run(
-        tmp_path,
-        dict(
-            do="logits", folder=tmp_path / "plain", tokens=tmp_path / "tokens.npy", out=tmp_path / "out.npz", text=text
-        ),
-        dict(do="decompress", folder=tmp_path / "nvfp4", out=tmp_path / "weights.npz"),
-    )
+    plain, nvfp4, weights = tmp_path / "plain", tmp_path / "nvfp4", tmp_path / "weights.npz"
+    job = dict(do="logits", folder=plain, tokens=tmp_path / "tokens.npy", out=tmp_path / "out.npz", text=text)
+    run(tmp_path, [job, dict(do="decompress", folder=nvfp4, out=weights)])
     theirs = np.load(tmp_path / "out.npz")
     assert theirs["ids"].tolist() == data["tokens"].tolist()
-    plain = models.load_parameters(tmp_path / "plain")
-    np.testing.assert_allclose(forward(plain.model(), jnp.asarray(tokens)[None]), theirs["logits"], atol=2e-3)
-    check_decompressed(dict(np.load(tmp_path / "weights.npz")), models.load_parameters(tmp_path / "nvfp4"), 210)
+    np.testing.assert_allclose(logits_of(plain, tokens[None]), theirs["logits"], atol=2e-3)
+    check_decompressed(np.load(weights), models.load_parameters(nvfp4), 210)

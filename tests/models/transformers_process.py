@@ -60,5 +60,6 @@ def save(folder, config, seed, dtype, max_shard_size):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         {"logits": logits, "decompress": decompress, "save": save}[job.pop("do")](**job)
