@@ -108,11 +108,12 @@ def nvfp4_tensors(loaded: LoadedModel, operands: Mapping[str, Mapping[str, Opera
         for parameter, value in loaded.params.items()
         for index, name, _ in stored_tensors(parameter, value.shape)
     }
+    host = {parameter: np.asarray(value) for parameter, value in loaded.params.items()}
     for layers in operands.values():
-        kernels = {name: loaded.params[places[name][0]][places[name][1]] for name in layers}
+        kernels = {name: host[places[name][0]][places[name][1]] for name in layers}
         tensors = nvfp4_layout.quantize_weights(kernels, layers)
         for name, kernel in kernels.items():
-            error.add(np.asarray(kernel).T, nvfp4_layout.dequantize_named(tensors, name))
+            error.add(kernel.T, nvfp4_layout.dequantize_named(tensors, name))
         yield from tensors.items()
     yield from plain_tensors(loaded, HIGH_PRECISION_BESIDE_NVFP4, without=quantized)
 

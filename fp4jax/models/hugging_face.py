@@ -29,14 +29,13 @@ SETTINGS = {
 
 ROPE_THETA = "rope_theta"
 
-# What our models are, by the keys that would say otherwise. A file without a key says nothing otherwise.
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-}
+FIXED = {"hidden_act": "silu", "attention_bias": False}
+"""What our models are, by the keys that would say otherwise. A file without a key does not."""
+
+# The same, of keys that some models alone have: they are checked and not written.
+_CHECKED = {"mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
+# Ours → theirs, where a part of a path differs by more than the axes it is stacked over.
+_RENAMED = {"layers.": "layers.{}.", "experts.": "experts.{}."}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +46,20 @@ class Architecture:
       class_name: of the model in `transformers`.
       config: our hyperparameters of it.
       settings: our hyperparameter → key.
+      fixed: key → the one value of it that our model has.
     """
 
     class_name: str
     config: type[Qwen3Config]
     settings: Mapping[str, str] = dataclasses.field(default_factory=lambda: SETTINGS)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=lambda: FIXED)
 
     def read(self, content: Mapping[str, Any], dtype: str) -> tuple[Qwen3Config | None, list[str]]:
         """The hyperparameters in a `config.json`, for activations of `dtype`; None with what is wrong."""
         content = _with_defaults(content)
         problems = [
             f"{key}={content[key]!r}, supported: {value!r}"
-            for key, value in _FIXED.items()
+            for key, value in {**self.fixed, **_CHECKED}.items()
             if content.get(key, value) not in (value, None)
         ]
         others = sorted(set(content.get("layer_types") or ()) - {"full_attention"})
@@ -91,8 +92,7 @@ class Architecture:
             "architectures": [self.class_name],
             "model_type": model_type,
             **settings,
-            "hidden_act": _FIXED["hidden_act"],
-            "attention_bias": _FIXED["attention_bias"],
+            **self.fixed,
             ROPE_THETA: theta,
             "rope_parameters": {"rope_type": "default", ROPE_THETA: theta},
         }
@@ -171,4 +171,6 @@ def _template(parameter: str) -> str:
     if parameter == "embedding":
         return "model.embed_tokens.weight"
     path = parameter.removesuffix(".kernel").removesuffix(".weight")
-    return f"model.{path}.weight".replace("layers.", "layers.{}.").replace("experts.", "experts.{}.")
+    for ours, theirs in _RENAMED.items():
+        path = path.replace(ours, theirs)
+    return f"model.{path}.weight"

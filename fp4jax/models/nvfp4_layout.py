@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float32, Shaped, UInt8
+from jaxtyping import Float32, Shaped, UInt8
 
 from fp4jax.numerics import E2M1, E4M3, Extent, quantize_blocks
 from fp4jax.recipes import Operand
@@ -46,7 +45,7 @@ def can_store(operand: Operand) -> bool:
 
 
 def quantize_weights(
-    kernels: Mapping[str, Float32[Array, "inputs outputs"]], operands: Mapping[str, Operand]
+    kernels: Mapping[str, Float32[np.ndarray, "inputs outputs"]], operands: Mapping[str, Operand]
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The layout's tensors of the kernels of one module by their full names, each without "weight" at its end.
 
@@ -54,11 +53,11 @@ def quantize_weights(
       kernels: by the path that their tensors will have ("model.layers.0.mlp.up_proj"); `inputs` a multiple of 16.
       operands: how each is quantized; `can_store` of each.
     """
-    amax = {name: jnp.max(jnp.abs(kernel)).reshape(1, 1) for name, kernel in kernels.items()}
+    amax = {name: np.max(np.abs(kernel)).reshape(1, 1) for name, kernel in kernels.items()}
     tensors = {}
     for name, kernel in kernels.items():
         shared = [amax[other] for other in kernels if _fused(name, other) and operands[other] == operands[name]]
-        q = _quantize(kernel, jnp.max(jnp.stack(shared), axis=0), operands[name])
+        q = _quantize(kernel, np.max(shared, axis=0), operands[name])
         scales = np.asarray(q.scales)
         if operands[name].block:
             scales = np.repeat(scales, BLOCK, axis=1)[:, : kernel.shape[1]]
