@@ -161,6 +161,16 @@ def test_sources_that_cannot_be_written_leave_nothing(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_truncated_gguf_leaves_nothing(tmp_path, capsys):
+    config, _, weights = gguf_files.read_fixture(LLAMA)
+    metadata = gguf_files.metadata_of(config) | gguf_files.tokenizer_metadata(config["vocab_size"])
+    path = gguf_files.write(tmp_path / "model.gguf", metadata, weights)
+    path.write_bytes(path.read_bytes()[:-50_000])
+    code, _, err = run(path, f"--to={tmp_path / 'out'}", capsys=capsys)
+    assert code == 1 and "is not a whole GGUF file" in err and len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_a_destination_is_never_written_over(tmp_path, capsys):
     folder = folder_of(tmp_path)
     before = {path: path.read_bytes() for path in folder.iterdir()}
