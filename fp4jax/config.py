@@ -18,6 +18,7 @@ GEMMS = ("auto", "native", "emulated")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
 ACTIVATION_DTYPES = ("bfloat16", "float32")
 MESH_AXES = ("data", "fsdp", "tensor")
+MOE_MODEL = "qwen3_moe"
 
 
 class ConfigError(ValueError):
@@ -70,8 +71,9 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def _model() -> dict:
-    """`name`: "qwen3", or "llama", which lacks the norms of query and key heads. `dtype` is the activations'
-    (parameters are float32), `remat` what the backward recomputes.
+    """`name`: "qwen3", "llama", which lacks the norms of query and key heads, or "qwen3_moe", which has experts:
+    `intermediate_size` is then an expert's. `dtype` is the activations' (parameters are float32), `remat` what the
+    backward recomputes.
     """
     return {
         "name": "qwen3",
@@ -88,6 +90,21 @@ def _model() -> dict:
         "init_std": 0.02,
         "dtype": "bfloat16",
         "remat": "none",
+        "moe": _moe(),
+    }
+
+
+def _moe() -> dict:
+    """Of "qwen3_moe" alone. `capacity`: slots of an expert over the tokens it would get if all got the same, as text
+    ("1.25"), or "full": a slot for every token, so that none is dropped. `norm_topk_prob`: the weights of a token's
+    experts sum to one. `router_loss_coefficient`: of the load-balancing loss.
+    """
+    return {
+        "num_experts": 8,
+        "num_experts_per_token": 2,
+        "norm_topk_prob": True,
+        "capacity": "1.25",
+        "router_loss_coefficient": 0.001,
     }
 
 
@@ -264,8 +281,12 @@ POSITIVE = (
     *("log.every", "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "data.prefetch"),
     *(f"model.{size}" for size in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")),
     *(f"model.{size}" for size in ("head_dim", "intermediate_size", "rope_theta", "rms_norm_eps", "init_std")),
+    *("model.moe.num_experts", "model.moe.num_experts_per_token"),
 )
-NOT_NEGATIVE = ("seed", "health.every", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches")
+NOT_NEGATIVE = (
+    *("seed", "health.every", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches"),
+    "model.moe.router_loss_coefficient",
+)
 FRACTIONS = ("optimizer.end_learning_rate_fraction", "data.max_bad_fraction")
 OPEN_FRACTIONS = ("optimizer.b1", "optimizer.b2", "data.validation_fraction")
 CHOICES = {
@@ -306,6 +327,23 @@ def _check_model(model: ml_collections.ConfigDict) -> None:
         )
     if model.head_dim % 2:
         raise ConfigError(f"model.head_dim={model.head_dim} is odd; rotary embeddings turn pairs: use an even number")
+    _check_moe(model)
+
+
+def _check_moe(model: ml_collections.ConfigDict) -> None:
+    """Whether the experts' options are used, and can be; `capacity` is read by the model."""
+    if model.name != MOE_MODEL:
+        for key, default in _moe().items():
+            if model.moe[key] != default:
+                raise ConfigError(
+                    f"model.moe.{key}={model.moe[key]} is for experts, which model.name={model.name!r} does not have; "
+                    f"use model.name={MOE_MODEL!r} or leave it at {default}"
+                )
+    elif model.moe.num_experts_per_token > model.moe.num_experts:
+        raise ConfigError(
+            f"model.moe.num_experts_per_token={model.moe.num_experts_per_token} of "
+            f"model.moe.num_experts={model.moe.num_experts}; use num_experts_per_token={model.moe.num_experts} or less"
+        )
 
 
 def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> None:

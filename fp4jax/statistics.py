@@ -47,41 +47,53 @@ SCOPE = "fp4jax_statistics"
 
 
 class Monitor:
-    """Takes statistics out of a model's linear layers, stacked over layers.
+    """Takes statistics out of a model's layers, stacked over them.
 
     Attributes:
       probes: linear layer → zeros of shape [*layers, len(GRADIENT_STATISTICS)], whose cotangents are the statistics of
-        the backward pass.
+        the backward pass; of layers that are not in it no statistics are taken.
       forward: linear layer → [*layers, len(FORWARD_STATISTICS)], filled while the model is traced: to be returned by
         the function that is.
+      routing: sums over tokens that a layer with a router leaves here, by name, [*layers, ...]; filled likewise.
     """
 
     def __init__(self, probes: dict[str, Float32[Array, "..."]]):
         self.probes = probes
         self.forward = {}
+        self.routing = {}
 
-    def record(self, linear: str, x, xq: Prepared, w, wq: Prepared, recipe: Recipe) -> None:
+    @property
+    def of_layer(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What one layer's monitor holds, for `append` once it is stacked."""
+        return self.forward, self.routing
+
+    def record(self, linear: str, x, xq: Prepared, w, wq: Prepared, recipe: Recipe, row_mask=None) -> None:
         """Takes the forward statistics of one linear layer."""
-        self.forward[linear] = forward_statistics(x, xq, w, wq, recipe)
+        self.forward[linear] = forward_statistics(x, xq, w, wq, recipe, row_mask)
 
-    def append(self, layers: dict[str, Float32[Array, "..."]]) -> None:
-        """Adds the forward statistics of layers behind those that are there."""
-        for linear, statistics in layers.items():
-            before = [self.forward[linear]] if linear in self.forward else []
-            self.forward[linear] = jnp.concatenate([*before, statistics])
+    def append(self, forward: dict[str, Float32[Array, "..."]], routing: dict[str, Array] | None = None) -> None:
+        """Adds what layers gave behind what is there."""
+        for mine, found in ((self.forward, forward), (self.routing, routing or {})):
+            for name, values in found.items():
+                mine[name] = jnp.concatenate([*([mine[name]] if name in mine else []), values])
 
 
 @jax.named_scope(SCOPE)
-def forward_statistics(x, xq: Prepared, w, wq: Prepared, recipe: Recipe) -> Float32[Array, " s"]:
-    """FORWARD_STATISTICS of X [*tokens, K] and W [K, N] and their prepared copies; no gradient flows through."""
+def forward_statistics(x, xq: Prepared, w, wq: Prepared, recipe: Recipe, row_mask=None) -> Float32[Array, " s"]:
+    """FORWARD_STATISTICS of X [*batch, *tokens, K] and W [*batch, K, N] and their prepared copies.
+
+    Those of independent matrices are added; no gradient flows through.
+    """
     x, w = lax.stop_gradient((x, w))
+    batch_dims = w.ndim - 2
     found = (
-        operand_statistics(x, xq.forward, recipe.fprop.lhs, -1),
-        operand_statistics(w, wq.forward, recipe.fprop.rhs, -2),
-        operand_statistics(w, wq.backward, recipe.dgrad.rhs, -1),
-        operand_statistics(x, xq.backward, recipe.wgrad.lhs, -2),
+        operand_statistics(x, xq.forward, recipe.fprop.lhs, -1, batch_dims, row_mask),
+        operand_statistics(w, wq.forward, recipe.fprop.rhs, -2, batch_dims),
+        operand_statistics(w, wq.backward, recipe.dgrad.rhs, -1, batch_dims),
+        operand_statistics(x, xq.backward, recipe.wgrad.lhs, -2, batch_dims, row_mask),
     )
-    return jnp.concatenate(found)
+    found = jnp.concatenate(found, axis=-1)
+    return found if batch_dims == 0 else jnp.sum(found, axis=tuple(range(batch_dims)))
 
 
 @jax.named_scope(SCOPE)

@@ -43,6 +43,7 @@ LEVELS = {
     "fp4jax.training": 5,
     "fp4jax.evaluation": 5,
     "fp4jax.analysis": 5,
+    "fp4jax.comparison": 5,
     "fp4jax.compare": 6,
     "fp4jax.analyze": 6,
     "fp4jax.plan": 6,

@@ -51,6 +51,14 @@ def test_defaults_are_valid_and_locked():
         ("model.dtype", "float16", "model.dtype='float16' is unknown; accepted: bfloat16, float32"),
         ("model.num_kv_heads", 3, "model.num_heads=4 is not divisible by model.num_kv_heads=3"),
         ("model.head_dim", 63, "model.head_dim=63 is odd"),
+        ("model.moe.num_experts", 0, "model.moe.num_experts=0: must be at least 1"),
+        (
+            "model.moe.num_experts",
+            16,
+            "num_experts=16 is for experts, which model.name='qwen3' does not have; use model",
+        ),
+        ("model.moe.router_loss_coefficient", -0.1, "model.moe.router_loss_coefficient=-0.1: must be 0 or more"),
+        ("model.moe.capacity", 1.25, "model.moe.capacity=1.25 is a float; it takes a str"),
         ("optimizer.learning_rate", 0.0, "optimizer.learning_rate=0.0: must be greater than 0"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan is not a finite number"),
         ("optimizer.b2", 1.0, "optimizer.b2=1.0: must be between 0 and 1"),
@@ -129,6 +137,16 @@ def test_overrides_are_checked_before_they_are_parsed():
     for argument in ("--config.stepz=3", "--config.model.depth=1", "-config.nothing", "--config.steps.more=1"):
         with pytest.raises(ConfigError, match="unknown config key"):
             check_overrides([argument])
+
+
+def test_no_token_chooses_more_experts_than_there_are():
+    config = config_with(model__name="qwen3_moe", model__moe__num_experts=4)
+    validate(config)
+    config.model.moe.num_experts_per_token = 5
+    with pytest.raises(
+        ConfigError, match="num_experts_per_token=5 of model.moe.num_experts=4; use num_experts_per_tok"
+    ):
+        validate(config)
 
 
 def load(path):

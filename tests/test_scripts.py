@@ -77,3 +77,10 @@ def test_train_then_eval(tmp_path):
     assert evaluation.returncode == 0 and "recipe nvfp4 (trained with bf16): validation loss" in evaluation.stdout
     assert (tmp_path / "run" / "evaluation-nvfp4.json").exists()
     assert evaluation.stderr == ""
+
+
+def test_tables_are_what_their_json_says():
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.results_tables", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

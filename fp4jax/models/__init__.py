@@ -11,6 +11,7 @@ from jaxtyping import Array, Float32, PyTree
 from fp4jax.models.llama import Llama, LlamaConfig
 from fp4jax.models.pretrained import LoadedModel, load, load_parameters
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
+from fp4jax.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig, routing_metrics
 from fp4jax.models.registry import MODELS
 from fp4jax.policy import Policy, policy
 from fp4jax.recipes import Recipe
@@ -22,12 +23,17 @@ __all__ = [
     "LoadedModel",
     "Qwen3",
     "Qwen3Config",
+    "Qwen3MoE",
+    "Qwen3MoEConfig",
+    "active_parameters",
     "build",
     "linear_recipes",
     "load",
     "load_parameters",
     "loss",
     "parameter_counts",
+    "router_loss",
+    "routing_metrics",
 ]
 
 
@@ -75,8 +81,33 @@ def loss(
     return jnp.sum((log_normalizer - chosen) * mask), jnp.sum(mask)
 
 
+def router_loss(
+    model: nnx.Module, monitor: Monitor
+) -> tuple[Float32[Array, ""] | float, dict[str, Float32[Array, "..."]]]:
+    """What a model's routers add to the loss that is trained, after a call with `monitor`.
+
+    Returns:
+      (load-balancing loss x the model's coefficient, 0.0 without routers; sums to be added up over microbatches, for
+      `routing_metrics`: those of the call, and "load_balancing_loss" itself; empty without routers).
+    """
+    if not isinstance(model, Qwen3MoE):
+        return 0.0, {}
+    balance = model.load_balancing_loss(monitor.routing)
+    return model.config.router_loss_coefficient * balance, monitor.routing | {"load_balancing_loss": balance}
+
+
 def parameter_counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
     """(all parameters, without the embedding). An untied head counts in both."""
     model = nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     return total, total - math.prod(model.embedding.shape)
+
+
+def active_parameters(config: ml_collections.ConfigDict) -> int:
+    """Parameters that a token meets, without the embedding: of the experts those that it chooses."""
+    model = nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))
+    _, total = parameter_counts(config)
+    if not isinstance(model, Qwen3MoE):
+        return total
+    experts = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model.layers.mlp.experts)))
+    return total - experts + experts * model.config.num_experts_per_token // model.config.num_experts

@@ -45,9 +45,11 @@ class Qwen3Config:
       remat: what the backward recomputes: "none", "full" (everything but a block's input) or "linear_inputs"
         (everything but the prepared inputs of the linear layers).
       qk_norm: whether query and key heads are normalized; the architecture's, not to be chosen.
+      linears: the linear layers of a block; the architecture's too.
     """
 
     qk_norm: ClassVar[bool] = True
+    linears: ClassVar[tuple[str, ...]] = LINEARS
 
     vocab_size: int
     hidden_size: int
@@ -79,14 +81,14 @@ class Qwen3Config:
     @property
     def linear_paths(self) -> tuple[str, ...]:
         """The paths of the blocks' linear layers, which policies match."""
-        return tuple(f"layers.{layer}.{linear}" for layer in range(self.num_layers) for linear in LINEARS)
+        return tuple(f"layers.{layer}.{linear}" for layer in range(self.num_layers) for linear in self.linears)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Products:
     """Everything static about a block's matrix products."""
 
-    recipes: tuple[Recipe, ...]  # of LINEARS, in order
+    recipes: tuple[Recipe, ...]  # of the block's linears, in order
     backend: str
     gemm: str
 
@@ -126,17 +128,18 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """All layers' parameters, stacked; a scan calls it with one layer's."""
 
+    mlp_class: ClassVar[type[nnx.Module]] = MLP
+
     def __init__(self, c: Qwen3Config, rngs: nnx.Rngs):
         self.config = c
         self.input_layernorm = RMSNorm((c.num_layers, c.hidden_size), ("layers", None), c.rms_norm_eps)
         self.self_attn = Attention(c, rngs)
         self.post_attention_layernorm = RMSNorm((c.num_layers, c.hidden_size), ("layers", None), c.rms_norm_eps)
-        self.mlp = MLP(c, rngs)
+        self.mlp = self.mlp_class(c, rngs)
 
     def kernel(self, linear: str) -> Float32[Array, "..."]:
-        """The kernel of one of LINEARS."""
-        group, name = linear.split(".")
-        return getattr(getattr(self, group), name).kernel[...]
+        """The kernel of one of the config's `linears`."""
+        return functools.reduce(getattr, linear.split("."), self).kernel[...]
 
     def __call__(self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None):
         """One layer. `weights`: prepared kernels by name, or None; `key`, `monitor`: the layer's, or None."""
@@ -149,32 +152,46 @@ class Block(nnx.Module):
         mixed = causal_attention(rotate(q_BxTxNxH, rope), rotate(k_BxTxKxH, rope), v_BxTxKxH)
         mixed = mixed.reshape(batch, length, -1)
         x_BxTxD = x_BxTxD + linears(LINEARS[3:4], mixed)[0]
-        gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], self.post_attention_layernorm(x_BxTxD))
-        return x_BxTxD + linears(LINEARS[6:], jax.nn.silu(gate_BxTxF) * up_BxTxF)[0]
+        return x_BxTxD + self._feed_forward(self.post_attention_layernorm(x_BxTxD), linears, monitor)
 
-    def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None):
-        """The products of one input with several kernels; x is prepared once for each recipe among them."""
+    def _feed_forward(self, x_BxTxD, linears, monitor: Monitor | None):
+        """A SwiGLU; `linears(names, x)` gives the products of x."""
+        del monitor
+        gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], x_BxTxD)
+        return linears(LINEARS[6:], jax.nn.silu(gate_BxTxF) * up_BxTxF)[0]
+
+    def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None, row_mask=None):
+        """The products of one input with several kernels; x is prepared once for each recipe among them.
+
+        Leading axes of a kernel count independent matrices (experts), and x has them too; `row_mask`: x's real rows.
+        """
         prepared, outputs = {}, []
         for name in names:
-            index = LINEARS.index(name)
+            index = self.config.linears.index(name)
             recipe, linear_key = products.recipes[index], _fold(key, index)
-            if recipe not in prepared:
-                prepared[recipe] = prepare(x, recipe, key=linear_key, backend=products.backend)
             kernel = self.kernel(name)
+            batch = tuple(range(kernel.ndim - 2))
+            if recipe not in prepared:
+                prepared[recipe] = prepare(
+                    x, recipe, key=linear_key, row_mask=row_mask, batch_dims=len(batch), backend=products.backend
+                )
             output = dot_general(
-                x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel, (((2,), (0,)), ((), ())),
+                x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel,
+                (((x.ndim - 1,), (len(batch),)), (batch, batch)),
                 preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
                 rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
-                probe=None if monitor is None else monitor.probes[name],
+                row_mask=row_mask, probe=None if monitor is None else monitor.probes.get(name),
             )  # fmt: skip
-            if monitor is not None:
-                monitor.record(name, x, prepared[recipe], kernel, weights[name], recipe)
+            if monitor is not None and name in monitor.probes:
+                monitor.record(name, x, prepared[recipe], kernel, weights[name], recipe, row_mask)
             outputs.append(output)
         return outputs
 
 
 class Qwen3(nnx.Module):
     """tokens → logits. Keys are explicit: nothing random is stored."""
+
+    block_class: ClassVar[type[Block]] = Block
 
     def __init__(
         self, config: Qwen3Config, *, policy: Policy, rngs: nnx.Rngs, backend: str = "auto", gemm: str = "auto"
@@ -192,7 +209,7 @@ class Qwen3(nnx.Module):
         self.segments = _segments(config, policy, backend, gemm)
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
-        self.layers = Block(config, rngs)
+        self.layers = self.block_class(config, rngs)
         self.norm = RMSNorm((config.hidden_size,), (None,), config.rms_norm_eps)
         if not config.tie_embeddings:
             self.lm_head = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
@@ -205,7 +222,8 @@ class Qwen3(nnx.Module):
         Args:
           key: a JAX random key, needed when differentiating a recipe that rounds stochastically.
           weights: what `prepare_weights` returned for these parameters; None prepares them on the way.
-          monitor: takes statistics of every linear layer (its probes: `self.probes()`); needs `weights`.
+          monitor: takes statistics of the linear layers it has probes for (`self.probes()`), which needs `weights`, and
+            of the routing, if there is one.
         """
         hidden = self.hidden(tokens_BxT, key=key, weights=weights, monitor=monitor)
         head = self.embedding if self.config.tie_embeddings else self.lm_head
@@ -226,7 +244,8 @@ class Qwen3(nnx.Module):
 
     def probes(self) -> dict[str, Float32[Array, "L s"]]:
         """Zeros for a `Monitor`: their cotangents are GRADIENT_STATISTICS of every linear layer."""
-        return {name: jnp.zeros((self.config.num_layers, len(GRADIENT_STATISTICS)), jnp.float32) for name in LINEARS}
+        c = self.config
+        return {name: jnp.zeros((c.num_layers, len(GRADIENT_STATISTICS)), jnp.float32) for name in c.linears}
 
     def prepare_weights(self, key) -> PyTree:
         """Every kernel prepared under its recipe, to be used by several calls with the same parameters."""
@@ -240,29 +259,32 @@ class Qwen3(nnx.Module):
             state, weights, index, probes = per_layer
             own = None if probes is None else Monitor(probes)
             x_BxTxD = nnx.merge(graphdef, state)(x_BxTxD, rope, products, weights, _fold(key, index), own)
-            return x_BxTxD, None if own is None else own.forward
+            return x_BxTxD, None if own is None else own.of_layer
 
         if self.config.remat != "none":
             checkpoint_policy = _CHECKPOINT_POLICIES[self.config.remat]
             one_layer = jax.checkpoint(one_layer, policy=checkpoint_policy, prevent_cse=False)
         probes = None if monitor is None else _slice(monitor.probes, layers)
-        x_BxTxD, forward = lax.scan(one_layer, x_BxTxD, (_slice(state, layers), weights, _indices(layers), probes))
+        x_BxTxD, found = lax.scan(one_layer, x_BxTxD, (_slice(state, layers), weights, _indices(layers), probes))
         if monitor is not None:
-            monitor.append(forward)
+            monitor.append(*found)
         return x_BxTxD
 
     def _prepare_segment(self, segment, key):
         layers, products = segment
-        kernels = {name: _slice(self.layers.kernel(name), layers) for name in LINEARS}
+        linears = self.config.linears
+        kernels = {name: _slice(self.layers.kernel(name), layers) for name in linears}
 
         def one_layer(per_layer):
             kernels, layer = per_layer
             prepared = {}
-            for index, (name, recipe) in enumerate(zip(LINEARS, products.recipes, strict=True)):
+            for index, (name, recipe) in enumerate(zip(linears, products.recipes, strict=True)):
                 high_precision = recipe.fprop.is_high_precision
                 kernel = kernels[name].astype(self.config.dtype) if high_precision else kernels[name]
                 layer_key = _fold(_fold(key, layer), index)
-                prepared[name] = prepare(kernel, recipe, "rhs", layer_key, backend=products.backend)
+                prepared[name] = prepare(
+                    kernel, recipe, "rhs", layer_key, batch_dims=kernel.ndim - 2, backend=products.backend
+                )
             return prepared
 
         # One layer at a time: quantizing all at once would hold float32 temporaries of the whole model.
@@ -274,8 +296,8 @@ def _segments(config: Qwen3Config, policy: Policy, backend: str, gemm: str) -> t
     recipes = tuple(policy.assign(config.linear_paths).values())
     segments = []
     for layer in range(config.num_layers):
-        first = layer * len(LINEARS)
-        products = _Products(recipes[first : first + len(LINEARS)], backend, gemm)
+        first = layer * len(config.linears)
+        products = _Products(recipes[first : first + len(config.linears)], backend, gemm)
         if segments and segments[-1][1] == products:
             segments[-1] = (range(segments[-1][0].start, layer + 1), products)
         else:

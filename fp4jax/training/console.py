@@ -47,7 +47,7 @@ def start_table(
     config: ml_collections.ConfigDict,
     phases: tuple[Phase, ...],
     mesh: Mesh,
-    parameters: tuple[int, int],
+    parameters: tuple[int, int, int],
     state_bytes: int,
     first_step: int,
     step_seconds: float,
@@ -56,18 +56,20 @@ def start_table(
 
     Args:
       phases: the recipes in the order in which they run.
-      parameters: (total, without embedding).
+      parameters: (total, without embedding, of these active for a token).
       state_bytes: parameters and optimizer state, over all devices.
       first_step: steps that were already done.
       step_seconds: estimated seconds for a step.
     """
-    total, without_embedding = parameters
+    total, without_embedding, active = parameters
+    of_a_token = "" if active == without_embedding else f", {active:,} of these active for a token"
     steps = config.steps - first_step
     microbatches = f", {config.microbatches} microbatches" if config.microbatches > 1 else ""
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("model", f"{config.model.name}: {total:,} parameters, {without_embedding:,} without embedding")
+    size = f"{total:,} parameters, {without_embedding:,} without embedding{of_a_token}"
+    table.add_row("model", f"{config.model.name}: {size}")
     if config.init_from:
         table.add_row("weights", f"continued from {config.init_from}")
     recipes = tuple(recipe(name) for name in dict.fromkeys(phase.recipe for phase in phases))

@@ -21,7 +21,7 @@ def flops_per_token(config: ml_collections.ConfigDict, parameters: int) -> float
 
     Args:
       config: the whole configuration.
-      parameters: without embedding.
+      parameters: without embedding; of experts those that a token chooses.
     """
     model = config.model
     head = model.vocab_size * model.hidden_size if model.tie_embeddings else 0

@@ -74,10 +74,10 @@ def make_health_step(
     def health_step(params: Parameters, step: Int32[Array, ""], batch: Batch) -> HealthSums:
         key = training_key(config, step)
         probes = template.merge(params).probes()
-        loss, gradients, (forward, backward) = loss_and_gradients(
+        loss, gradients, (forward, backward), _ = loss_and_gradients(
             config.microbatches, template, mesh, params, batch, key, probes
         )
-        exact_loss, exact, _ = loss_and_gradients(config.microbatches, exact_template, mesh, params, batch, key)
+        exact_loss, exact, *_ = loss_and_gradients(config.microbatches, exact_template, mesh, params, batch, key)
         comparison = {
             linear: _compare(gradients[_kernel(linear)], exact[_kernel(linear)], first_axis=1) for linear in probes
         }

@@ -100,8 +100,8 @@ class _Run:
         config = self.config
         for line in self.training_data.describe(config.steps * config.batch_size * config.seq_len):
             self.console.print(line)
-        parameters = models.parameter_counts(config)
-        seconds = estimated_step_seconds(config, parameters[1], self.mesh.size)
+        parameters = *models.parameter_counts(config), models.active_parameters(config)
+        seconds = estimated_step_seconds(config, parameters[2], self.mesh.size)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.target))
         self.console.print(start_table(config, self.phases, self.mesh, parameters, size, done, seconds))
         self.print_hint(seconds * (config.steps - done))

@@ -20,6 +20,7 @@ LOGICAL_AXES = {
     "kv_heads": "tensor",
     "vocab": "tensor",
     "layers": None,
+    "expert": None,
 }
 """Name of a parameter's axis (in its NNX metadata) to the mesh axis that shards it."""
 

@@ -43,13 +43,14 @@ def make_train_step(
     """Returns the jitted (state, batch) -> (state, metrics); the given state is donated.
 
     batch: tokens, targets int32[B, T] and loss_mask[B, T]. metrics: loss (mean negative log-likelihood of the real
-    tokens, nats), grad_norm (global, before clipping), learning_rate, tokens (real ones in this step).
+    tokens, nats), grad_norm (global, before clipping), learning_rate, tokens (real ones in this step); of a model with
+    routers also load_balancing_loss (mean over microbatches, without its coefficient) and `models.routing_metrics`.
     """
     schedule = learning_rate_schedule(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = training_key(config, state.step)
-        loss, gradients, _ = loss_and_gradients(config.microbatches, template, mesh, state.params, batch, key)
+        loss, gradients, _, routing = loss_and_gradients(config.microbatches, template, mesh, state.params, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -58,14 +59,16 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
         }
+        if routing:
+            metrics["load_balancing_loss"] = routing["load_balancing_loss"] / config.microbatches
+            metrics |= models.routing_metrics(routing)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = state_shardings(template, optimizer, mesh)
-    everywhere = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens"), replicated(mesh))
     jitted = jax.jit(
         train_step,
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
-        out_shardings=(shardings, everywhere),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
     return on_mesh(jitted, mesh)
@@ -84,8 +87,11 @@ def loss_and_gradients(
     batch: Batch,
     key: jax.Array,
     probes: PyTree = None,
-) -> tuple[Float32[Array, ""], Parameters, PyTree]:
-    """Mean loss over the batch's real tokens, its gradient in float32, and the statistics of the linear layers.
+) -> tuple[Float32[Array, ""], Parameters, PyTree, dict[str, Array]]:
+    """Mean loss over the batch's real tokens, gradients in float32, statistics of the linear layers, routing sums.
+
+    The gradient is that of the loss and, of a model with routers, of what `models.router_loss` adds to it: its mean
+    over microbatches. The routing sums are of the same function, added up over microbatches.
 
     probes: the model's, for (forward, gradient) statistics as in `fp4jax.statistics.Monitor`; None: no statistics.
     """
@@ -97,15 +103,16 @@ def loss_and_gradients(
 
     def microbatch_loss(params: Parameters, probes: PyTree, microbatch: Batch, index: Int32[Array, ""]) -> tuple:
         microbatch_key = jax.random.fold_in(batch_key, index)
-        monitor = None if probes is None else Monitor(probes)
-        total, _ = models.loss(template.merge(params), microbatch, key=microbatch_key, weights=weights, monitor=monitor)
-        return total / tokens, None if monitor is None else monitor.forward
+        model, monitor = template.merge(params), Monitor(probes or {})
+        total, _ = models.loss(model, microbatch, key=microbatch_key, weights=weights, monitor=monitor)
+        added, routing = models.router_loss(model, monitor)
+        return total / tokens + added / microbatches, (total / tokens, monitor.forward, routing)
 
     value_and_gradients = jax.value_and_grad(microbatch_loss, argnums=(0, 1), has_aux=True)
 
     def one(microbatch: Batch, index: Int32[Array, ""]) -> tuple:
-        (loss, forward), (gradients, backward) = value_and_gradients(params, probes, microbatch, index)
-        return loss, gradients, None if probes is None else (forward, backward)
+        (_, (loss, forward, routing)), (gradients, backward) = value_and_gradients(params, probes, microbatch, index)
+        return loss, gradients, None if probes is None else (forward, backward), routing
 
     if microbatches == 1:
         # Without the scan there is no second set of float32 gradients in memory.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import averis_0p6b, averis_tiny
+from configs import averis_0p6b, averis_moe_7b_a1p5b, averis_moe_tiny, averis_tiny
 from fp4jax import models
 
 pytestmark = pytest.mark.standard_promotion
@@ -14,6 +14,29 @@ pytestmark = pytest.mark.standard_promotion
 
 def test_parameter_counts_of_qwen3_0p6b():
     assert models.parameter_counts(averis_0p6b.get_config()) == (596_049_920, 440_467_456)
+
+
+def test_parameter_counts_of_a_model_with_experts():
+    """Active are those of 8 of 64 experts; a dense model's are all active."""
+    config = averis_moe_7b_a1p5b.get_config()
+    total, without_embedding = models.parameter_counts(config)
+    embedding = 151936 * 2048
+    assert total == 2 * embedding + 2048 + 16 * (
+        64 * 3 * 2048 * 1024 + 64 * 2048 + 2048 * 128 * (16 + 8 + 8 + 16) + 2 * 2048 + 2 * 128
+    )
+    assert total - without_embedding == embedding
+    active = models.active_parameters(config)
+    assert active == without_embedding - 16 * 56 * 3 * 2048 * 1024
+    assert (round(total / 1e9, 2), round((active + embedding) / 1e9, 2)) == (7.27, 1.63)
+    dense = averis_tiny.get_config()
+    assert models.active_parameters(dense) == models.parameter_counts(dense)[1]
+
+
+def test_experts_that_cannot_be_built_are_refused():
+    config = averis_moe_tiny.get_config()
+    config.model.moe.capacity = "lots"
+    with pytest.raises(ValueError, match="capacity must be 'full' or a number above 0 such as '1.25', got 'lots'"):
+        models.linear_recipes(config)
 
 
 def test_the_tiny_configuration_is_tiny():

@@ -25,10 +25,17 @@ def draw(groups: Mapping[str, Sequence[Measurement]], path: Path) -> None:
             axis.bar_label(bars, labels, padding=3, fontsize=7)
         axis.set_title(title)
         axis.set_yticks(range(len(names)), names)
-        axis.margins(x=0.15)
+        axis.margins(x=0.15, y=0.01)
+        if _spans_decades([bar.get_width() for bar in axis.patches]):
+            axis.set_xscale("log")
     axes[0].invert_yaxis()
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=max(len(groups), 1))
     figure.savefig(path, dpi=150)
+
+
+def _spans_decades(lengths: Sequence[float]) -> bool:
+    known = [length for length in lengths if not np.isnan(length)]
+    return bool(known) and min(known) > 0 and max(known) / min(known) > 100
 
 
 def _gap(m: Measurement) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fp4jax.analysis.sensitivity.scan import Batch
 from fp4jax.checkpoint import Checkpointer, CheckpointError, saved_config
-from fp4jax.config import ConfigError, default_config, flatten, validate
+from fp4jax.config import MOE_MODEL, ConfigError, default_config, flatten, validate
 from fp4jax.data.errors import DataError
 from fp4jax.data.held_out import held_out_text
 from fp4jax.data.pipeline import open_dataset
@@ -94,6 +94,8 @@ def trained(
     if found is None:
         raise CheckpointError(f"{workdir} holds no checkpoint; train with this --workdir first")
     step, saved = found
+    if saved["model"]["name"] == MOE_MODEL:
+        raise ValueError(f"{workdir} holds a {MOE_MODEL}; the sensitivity scan measures dense models")
     config = _measured_config(workdir, saved, config)
     chosen = quantizing_recipe(recipe_name or config.recipe)
     config.recipe = chosen.name

@@ -1,0 +1,121 @@
+"""Which runs a comparison has, and what it declares before the first of them."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_collections
+
+from fp4jax.checkpoint import config_differences
+from fp4jax.config import default_config, validate
+from fp4jax.recipes import recipe
+from fp4jax.training.schedule import settle
+
+DECLARATION = "declaration.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training; `folder` is its workdir."""
+
+    recipe: str
+    seed: int
+    folder: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Attributes:
+    config: of every run, but for `recipe` and `seed`, which also decides the order of the data and the first weights.
+    recipes: in the order of the report, `baseline` among them.
+    seeds: of every recipe: runs with the same one see the same data from the same weights.
+    primary: the two recipes whose difference was declared to be the question before any run, if there were such.
+    workdir: holds `<recipe>/seed<seed>/` and the report.
+    """
+
+    config: ml_collections.ConfigDict
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    primary: tuple[str, str] | None
+    workdir: Path
+
+    def __post_init__(self):
+        if len(self.recipes) < 2:
+            raise ValueError(f"a comparison needs two recipes or more, got {', '.join(self.recipes) or 'none'}")
+        for what, given in (("recipes", self.recipes), ("seeds", self.seeds)):
+            twice = sorted({str(value) for value in given if given.count(value) > 1})
+            if twice:
+                raise ValueError(f"--{what} names {', '.join(twice)} twice")
+        if not self.seeds:
+            raise ValueError("a comparison needs a seed, for instance --seeds=0,1,2")
+        for name in self.recipes:
+            recipe(name)
+        if self.baseline not in self.recipes:
+            raise ValueError(f"the baseline {self.baseline!r} is not among --recipes={','.join(self.recipes)}: add it")
+        if self.primary is not None:
+            missing = [name for name in self.primary if name not in self.recipes]
+            if missing or len(set(self.primary)) != 2:
+                raise ValueError(
+                    f"--primary={':'.join(self.primary)} takes two different recipes of {', '.join(self.recipes)}"
+                )
+
+    def runs(self) -> Iterator[Run]:
+        """Seed by seed, so that an unfinished comparison is one of fewer seeds."""
+        for seed in self.seeds:
+            for name in self.recipes:
+                yield Run(name, seed, self.workdir / name / f"seed{seed}")
+
+    def config_of(self, run: Run) -> ml_collections.ConfigDict:
+        """The configuration that `run` trains with.
+
+        Raises:
+          ConfigError: it cannot run.
+        """
+        config = ml_collections.ConfigDict(self.config)
+        with config.unlocked():
+            config.recipe, config.seed = run.recipe, run.seed
+        validate(config)
+        return settle(config).lock()
+
+    def declaration(self) -> dict:
+        """What is written before the first run and must not change after it."""
+        config = self.config.to_dict() | {"recipe": self.baseline, "seed": 0}  # which a run replaces by its own
+        return {"baseline": self.baseline, "primary": list(self.primary) if self.primary else None, "config": config}
+
+    def declare(self) -> None:
+        """Writes the declaration, or holds this comparison to the one that is there; recipes and seeds may be added.
+
+        Raises:
+          ValueError: the folder holds another comparison; lists what differs.
+        """
+        path = self.workdir / DECLARATION
+        declared = self.declaration()
+        if not path.exists():
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(declared, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{key} {found[key]} → {declared[key]}" for key in ("baseline", "primary") if found[key] != declared[key]
+        ]
+        declared["config"]["recipe"] = found["config"]["recipe"]  # said above
+        differing += config_differences(found["config"], declared["config"])
+        # A run's own check allows other steps, since it may go on; runs of a comparison end together.
+        if found["config"]["steps"] != declared["config"]["steps"]:
+            differing.append(f"steps {found['config']['steps']} → {declared['config']['steps']}")
+        if differing:
+            raise ValueError(
+                f"{self.workdir} holds a comparison that differs in: {'; '.join(differing)}; choose another --workdir"
+            )
+
+
+def load_config(values: dict) -> ml_collections.ConfigDict:
+    """The configuration with these values, from a JSON file of ours."""
+    config = default_config()
+    config.update(values)
+    return config

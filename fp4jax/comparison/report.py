@@ -1,0 +1,77 @@
+"""The report of a comparison: comparison.json, report.md, report.html and the figures as PNG files.
+
+Everything is made from comparison.json, which holds every number of every run: `python -m fp4jax.compare --redraw`
+makes the rest of it again.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fp4jax.comparison import figures, records, tables
+from fp4jax.comparison.pages import Page, Section, html, markdown
+from fp4jax.comparison.records import Record
+from fp4jax.comparison.run import write_atomically
+
+NUMBERS = "comparison.json"
+
+
+def write(workdir: Path, found: Sequence[Record], declaration: dict, command: str, missing: int) -> Path:
+    """Writes the numbers and the report; returns the path of the HTML page."""
+    value = {
+        "command": command,
+        "declaration": declaration,
+        "missing_runs": missing,
+        "runs": records.to_json(found),
+    }
+    write_atomically(workdir / NUMBERS, value)
+    return redraw(workdir)
+
+
+def redraw(workdir: Path) -> Path:
+    """Makes the report from comparison.json alone; returns the path of the HTML page.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not (workdir / NUMBERS).exists():
+        raise ValueError(f"{workdir} holds no {NUMBERS}: make the comparison first")
+    value = json.loads((workdir / NUMBERS).read_text(encoding="utf-8"))
+    found, declaration = records.from_json(value["runs"]), value["declaration"]
+    drawn = figures.draw(found, declaration["baseline"])
+    page = _page(found, declaration, value["command"], value["missing_runs"], drawn)
+    for name, figure in drawn.items():
+        (workdir / f"{name}.png").write_bytes(figures.png(figure))
+    (workdir / "report.md").write_text(markdown(page), encoding="utf-8")
+    path = workdir / "report.html"
+    path.write_text(html(page), encoding="utf-8")
+    return path
+
+
+def _page(
+    found: Sequence[Record], declaration: dict, command: str, missing: int, drawn: dict[str, Figure]
+) -> Page:  # fmt: skip
+    baseline, primary = declaration["baseline"], declaration["primary"]
+    names = list(dict.fromkeys(record.recipe for record in found))
+    summary = [*tables.headline(found, baseline, primary and tuple(primary))]
+    if missing:
+        summary.append(f"Not finished: {missing} runs are missing.")
+    health = tables.health_tables(found)
+    sections = [
+        Section("Loss gap", [tables.GAP_MEANS], [tables.gap_table(found, baseline)], ["loss_gap", "gap_by_step"]),
+        Section(
+            "Differences between recipes",
+            [tables.pairs_note(primary)],
+            [tables.pair_table(found, baseline, primary and tuple(primary))],
+            [],
+        ),
+        Section("Curves", [tables.CURVES_MEAN], [], ["validation_loss", "training_loss"]),
+        Section("Cost", [tables.COST_MEANS], [tables.cost_table(found, baseline)], []),
+        Section("Health", [tables.HEALTH_MEANS if health else tables.HEALTH_MISSING], health, []),
+        Section("Recipes", [tables.RECIPES_MEAN], [tables.recipe_table(names)], []),
+        Section("Published gaps, for orientation", [tables.PUBLISHED_MEANS], [tables.published_table()], []),
+        Section("How it was made", tables.made_by(found, declaration, command), [], []),
+    ]
+    return Page("Comparison of precision modes", summary, sections, drawn)

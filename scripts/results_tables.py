@@ -1,0 +1,83 @@
+"""Rewrites the tables of RESULTS.md and docs/ that are made from committed JSON; --check only says whether they are so.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+
+    python -m scripts.results_tables [--check]
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fp4jax.analysis.ptq.measure import Measurement, Sample
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("RESULTS.md", "docs/recipes.md")
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def ptq() -> str:
+    """Every recipe on a pretrained model, the smallest loss gap first; activations alone beside it."""
+    found = _measurements("results/ptq/ptq.json")
+    order = sorted((name for name in found if not name.endswith("+w_bf16")), key=lambda name: found[name].loss_gap)
+    half = ("loss gap, %", "gradient error", "cosine")
+    rows = [(f"`{name}`", *_ptq_cells(found[name]), *_ptq_cells(found.get(f"{name}+w_bf16"))) for name in order]
+    return _table(("recipe", *half, *(f"activations alone: {half[0]}", *half[1:])), rows)
+
+
+def search() -> str:
+    """Operands for X alone, in the order in which they were tried."""
+    found = json.loads((ROOT / "results/ptq/search.json").read_text(encoding="utf-8"))
+    measurements = [Measurement(name, tuple(Sample(**s) for s in samples)) for name, samples in found.items()]
+    rows = [(m.recipe, f"{100 * m.loss_gap:.2f}", f"{m.mean('divergence'):.3f}".lstrip("0")) for m in measurements]
+    return _table(("X", "loss gap, %", "divergence"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"ptq": ptq, "search": search}
+
+
+def current(text: str) -> str:
+    """`text` with every marked table made anew."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 if --check finds a table that is not what its JSON says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        if (made := current(text)) != text:
+            stale.append(page)
+            if not check:
+                path.write_text(made, encoding="utf-8")
+    if stale:
+        print(f"{'not current' if check else 'rewritten'}: {', '.join(stale)}")
+    return int(check and bool(stale))
+
+
+def _measurements(path: str) -> dict[str, Measurement]:
+    found = json.loads((ROOT / path).read_text(encoding="utf-8"))["measurements"]
+    return {name: Measurement(name, tuple(Sample(**s) for s in value["samples"])) for name, value in found.items()}
+
+
+def _ptq_cells(measurement: Measurement | None) -> tuple[str, str, str]:
+    if measurement is None:
+        return ("not run",) * 3
+    gap, error = 100 * measurement.loss_gap, 100 * measurement.loss_gap_error
+    return f"{gap:.2f} ± {error:.2f}", f"{measurement.mean('gradient_error'):.3f}", f"{measurement.mean('cosine'):.3f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "steps": 4, "seq_len": 32, "batch_size": 4, "log.every": 1, "evaluation.every": 2, "evaluation.batches": 1,
+    "checkpoint.every": 2, "model.num_layers": 1, "model.hidden_size": 32, "model.intermediate_size": 32,
+    "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 16,
+}  # fmt: skip
+
+
+def compare(workdir, *flags, **config):
+    command = [
+        *(sys.executable, "-m", "fp4jax.compare", f"--config={ROOT / 'configs/averis_tiny.py'}"),
+        f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in (TINY | config).items()), *flags,
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.slow
+def test_a_comparison_from_start_to_report(tmp_path):
+    first = compare(tmp_path, "--recipes=bf16,nvfp4", "--primary=nvfp4:bf16")
+    assert first.returncode == 0, first.stderr
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    assert [(run["recipe"], run["seed"]) for run in numbers["runs"]] == [("bf16", 0), ("nvfp4", 0)]
+    assert all(len(run["losses"]) == 4 and run["peak_memory_bytes"] > 1e8 for run in numbers["runs"])
+    assert numbers["runs"][0]["losses"][0] != numbers["runs"][1]["losses"][0]
+    # Run again: nothing is made anew. More seeds: only they are.
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed0/metrics.jsonl")}
+    again = compare(tmp_path, "--recipes=bf16,nvfp4", "--primary=nvfp4:bf16", "--seeds=0,1")
+    assert again.returncode == 0, again.stderr
+    assert "2 of 4 runs are done already" in again.stdout and "4 of 4 runs" in again.stdout
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert runs[:2] == numbers["runs"] and runs[2]["losses"] != runs[0]["losses"]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_names_its_log_and_one_that_diverges_is_a_result(tmp_path):
+    failed = compare(tmp_path / "failed", "--recipes=bf16,nvfp4", **{"data.source": tmp_path / "nowhere"})
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "nowhere" in failed.stderr and "log.txt" in failed.stderr
+    diverged = compare(tmp_path, "--recipes=bf16,nvfp4", **{"optimizer.learning_rate": 1e38})
+    assert diverged.returncode == 0, diverged.stderr
+    assert "Diverged: `bf16` (seed 0), `nvfp4` (seed 0)." in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipes=bf16"], "needs two recipes"),
+        (["--seeds=0,x"], "--seeds takes whole numbers"),
+        (["--primary=averis"], "takes two recipes, first:second"),
+    ],
+)
+@pytest.mark.slow
+def test_wrong_flags_are_one_line(tmp_path, flags, message):
+    found = compare(tmp_path / "none", *flags)
+    assert found.returncode == 1 and message in found.stderr and len(found.stderr.splitlines()) == 1
+    assert not (tmp_path / "none").exists()
