@@ -12,6 +12,7 @@ import numpy as np
 
 from fp4jax.models.llama import LlamaConfig
 from fp4jax.models.qwen3 import Qwen3Config
+from fp4jax.models.qwen3_moe import Qwen3MoEConfig
 from fp4jax.models.registry import name_of
 
 SETTINGS = {
@@ -27,6 +28,14 @@ SETTINGS = {
 }
 """Our hyperparameter → its key in `config.json`."""
 
+_OF_EXPERTS = {
+    "intermediate_size": "moe_intermediate_size",
+    "num_experts": "num_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "norm_topk_prob": "norm_topk_prob",
+    "router_loss_coefficient": "router_aux_loss_coef",
+}
+
 ROPE_THETA = "rope_theta"
 
 FIXED = {"hidden_act": "silu", "attention_bias": False}
@@ -35,7 +44,7 @@ FIXED = {"hidden_act": "silu", "attention_bias": False}
 # The same, of keys that some models alone have: they are checked and not written.
 _CHECKED = {"mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
 # Ours → theirs, where a part of a path differs by more than the axes it is stacked over.
-_RENAMED = {"layers.": "layers.{}.", "experts.": "experts.{}."}
+_RENAMED = {"layers.": "layers.{}.", "experts.": "experts.{}.", "mlp.router": "mlp.gate"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +110,13 @@ class Architecture:
 ARCHITECTURES = {
     "qwen3": Architecture("Qwen3ForCausalLM", Qwen3Config),
     "llama": Architecture("LlamaForCausalLM", LlamaConfig),
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        Qwen3MoEConfig,
+        SETTINGS | _OF_EXPERTS,
+        # Layers without experts among those with are not supported: all are scanned as one stack.
+        FIXED | {"mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
 }
 """`model_type` of a `config.json` → what it is. Ours are registered under the same names."""
 

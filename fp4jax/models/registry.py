@@ -4,8 +4,13 @@ from flax import nnx
 
 from fp4jax.models.llama import Llama, LlamaConfig
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
+from fp4jax.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 
-MODELS = {"qwen3": (Qwen3, Qwen3Config), "llama": (Llama, LlamaConfig)}
+MODELS = {
+    "qwen3": (Qwen3, Qwen3Config),
+    "llama": (Llama, LlamaConfig),
+    "qwen3_moe": (Qwen3MoE, Qwen3MoEConfig),
+}
 """Name → (model, its hyperparameters)."""
 
 

@@ -12,7 +12,9 @@ from tests.models import gguf_files, hf_folders
 
 pytestmark = pytest.mark.standard_promotion
 
-FIXTURES = sorted(path.stem for kind in ("qwen3_*", "llama_*") for path in gguf_files.FIXTURES.glob(f"{kind}.npz"))
+FIXTURES = sorted(
+    path.stem for kind in ("qwen3_*", "qwen3moe_*", "llama_*") for path in gguf_files.FIXTURES.glob(f"{kind}.npz")
+)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def check_decompressed(found, loaded, layers):
         assert np.array_equal(np.asarray(value.astype(jnp.bfloat16)).astype(np.float32), found[name]), name
 
 
-WRITTEN = ["qwen3_mqa_untied", "qwen3_gqa_tied", "llama_gqa_tied"]
+WRITTEN = ["qwen3_mqa_untied", "qwen3_gqa_tied", "llama_gqa_tied", "qwen3moe_top2_untied"]
 RECIPES = ["nvfp4", "nvfp4_hadamard", "four_over_six"]
 SAVED = {"qwen3-bfloat16": "40KB", "llama-float32": "5GB", "llama-float16": "60KB"}
 
