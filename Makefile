@@ -46,9 +46,9 @@ test-compile: .venv-compile/.installed ## compile every recipe and kernel for TP
 	@scripts/setup_peer.sh
 	@touch $@
 
-test-peer: .venv-peer/.installed models ## against Transformer Engine (bit for bit) and transformers (installs 1 GB beside .venv)
+test-peer: .venv-peer/.installed models ## against Transformer Engine, compressed-tensors (bit for bit) and transformers (installs 1 GB beside .venv)
 	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -s -m peer tests/numerics/test_transformer_engine.py \
-		tests/models/test_pretrained.py $(ARGS)
+		tests/models/test_pretrained.py tests/models/test_transformers.py $(ARGS)
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)

@@ -37,6 +37,8 @@ def default_config() -> ml_collections.ConfigDict:
       backend: how operands are quantized: "auto" (the best the device has), "xla" or "pallas".
       gemm: how quantized operands are multiplied: "auto", "native" (Blackwell) or "emulated".
       seed: initial weights, order of the data and every stochastic rounding.
+      init_from: the weights to start from instead: a Hugging Face folder, a .gguf file, "smollm2-135m" or the workdir
+        of another run. `model` must have its sizes, and `data.tokenizer` be its tokenizer.
       steps: optimizer steps of the whole run; the learning-rate schedule ends there.
       batch_size: sequences in an optimizer step, over all devices and microbatches.
       microbatches: parts that a batch is split into, one after the other, to bound activation memory.
@@ -50,6 +52,7 @@ def default_config() -> ml_collections.ConfigDict:
             "backend": "auto",
             "gemm": "auto",
             "seed": 0,
+            "init_from": "",
             "steps": 1000,
             "batch_size": 8,
             "microbatches": 1,

@@ -40,6 +40,7 @@ LEVELS = {
     "fp4jax.reporting": 3,
     "fp4jax.checkpoint": 4,
     "fp4jax.models": 4,
+    "fp4jax.models.convert": 6,
     "fp4jax.training": 5,
     "fp4jax.evaluation": 5,
     "fp4jax.analysis": 5,

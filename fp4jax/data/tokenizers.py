@@ -52,12 +52,14 @@ class Tokenizer(abc.ABC):
       vocab_size: the highest id it can give, plus one; a model's vocabulary must be at least this large.
       end_of_text: the id that separates two documents.
       fingerprint: a hash of everything that decides its output.
+      tokenizer_json: the same as a Hugging Face `tokenizer.json`, where it is run from one.
     """
 
     name: str
     vocab_size: int
     end_of_text: int
     fingerprint: str
+    tokenizer_json: bytes | None = None
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -97,6 +99,7 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self.end_of_text = vocabulary[names[0]]
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.tokenizer_json = content
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -12,6 +12,7 @@ from fp4jax.models.llama import Llama, LlamaConfig
 from fp4jax.models.pretrained import LoadedModel, load, load_parameters
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
 from fp4jax.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig, routing_metrics
+from fp4jax.models.registry import MODELS
 from fp4jax.policy import Policy, policy
 from fp4jax.recipes import Recipe
 from fp4jax.statistics import Monitor
@@ -35,8 +36,6 @@ __all__ = [
     "routing_metrics",
 ]
 
-_MODELS = {"qwen3": (Qwen3, Qwen3Config), "llama": (Llama, LlamaConfig), "qwen3_moe": (Qwen3MoE, Qwen3MoEConfig)}
-
 
 def build(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a configuration, its parameters drawn from `rngs.params()`.
@@ -59,9 +58,9 @@ def linear_recipes(config: ml_collections.ConfigDict) -> dict[str, Recipe]:
 
 
 def _parts(config: ml_collections.ConfigDict) -> tuple[type[nnx.Module], Qwen3Config, Policy]:
-    if config.model.name not in _MODELS:
-        raise ValueError(f"unknown model {config.model.name!r}; known: {', '.join(_MODELS)}")
-    model, model_config = _MODELS[config.model.name]
+    if config.model.name not in MODELS:
+        raise ValueError(f"unknown model {config.model.name!r}; known: {', '.join(MODELS)}")
+    model, model_config = MODELS[config.model.name]
     sizes = model_config.from_config(config.model)
     return model, sizes, policy(config.policy, config.recipe, sizes.linear_paths)
 

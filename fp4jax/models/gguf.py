@@ -10,6 +10,7 @@ from jaxtyping import Array, Float32
 from fp4jax.data.errors import DataError
 from fp4jax.data.gguf import GGUFFile
 from fp4jax.models.llama import LlamaConfig
+from fp4jax.models.problems import raise_problems
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Our parameter → the tensor's name in GGUF. Parameters below "layers." are stacked, one tensor for each layer.
@@ -27,7 +28,12 @@ _TENSORS = {
     "layers.mlp.up_proj.kernel": "blk.{}.ffn_up.weight",
     "layers.mlp.down_proj.kernel": "blk.{}.ffn_down.weight",
 }
-_SHOWN_PROBLEMS = 8
+# What a config.json calls what the model needs not: key → key in GGUF.
+_REST = {
+    "max_position_embeddings": "llama.context_length",
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+}
 
 
 def read_config(file: GGUFFile, dtype: str) -> LlamaConfig:
@@ -95,6 +101,11 @@ def read_parameters(
     return {name: _parameter(file, config, name) for name in shapes}
 
 
+def read_rest(file: GGUFFile) -> dict[str, int]:
+    """What a Hugging Face `config.json` would say besides the hyperparameters."""
+    return {key: int(file[theirs]) for key, theirs in _REST.items() if theirs in file}
+
+
 def _parameter(file: GGUFFile, config: LlamaConfig, name: str) -> Float32[Array, "..."]:
     if not name.startswith("layers."):
         return jnp.asarray(file.tensor(_TENSORS[name]))
@@ -120,7 +131,4 @@ def _optional(file: GGUFFile, key: str, default):
 
 
 def _raise_problems(file: GGUFFile, problems: list[str]) -> None:
-    if problems:
-        shown = "; ".join(problems[:_SHOWN_PROBLEMS])
-        more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise DataError(f"{file.path} is not a Llama that fp4jax can run: {shown}{more}")
+    raise_problems(file.path, "is not a Llama that fp4jax can run", problems)

@@ -70,6 +70,8 @@ def start_table(
     table.add_column(overflow="fold")
     size = f"{total:,} parameters, {without_embedding:,} without embedding{of_a_token}"
     table.add_row("model", f"{config.model.name}: {size}")
+    if config.init_from:
+        table.add_row("weights", f"continued from {config.init_from}")
     recipes = tuple(recipe(name) for name in dict.fromkeys(phase.recipe for phase in phases))
     table.add_row("recipe", "\n".join(map(str, recipes)))
     if config.schedule:

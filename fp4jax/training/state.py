@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from fp4jax import models
+from fp4jax.training.initial_weights import pretrained_parameters
 from fp4jax.training.mesh import partition_spec, replicated
 
 Parameters = dict[str, Float32[Array, "..."]]
@@ -84,7 +85,18 @@ def _leaf_names(state: PyTree) -> tuple[str, ...]:
 def create_state(
     config: ml_collections.ConfigDict, template: ModelTemplate, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Initializes parameters and optimizer state from `config.seed`, every array directly in its shards."""
+    """Initializes parameters and optimizer state, every array directly in its shards.
+
+    Parameters are drawn from `config.seed`, or are those of `config.init_from`.
+
+    Raises:
+      ValueError: weights that cannot be read, or are not those of this model or tokenizer.
+    """
+    shardings = state_shardings(template, optimizer, mesh)
+    if config.init_from:
+        params = jax.device_put(pretrained_parameters(config), shardings.params)
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
 
     def initialize(seed: Int32[Array, ""]) -> TrainState:
         model = models.build(config, nnx.Rngs(jax.random.key(seed)))
@@ -92,7 +104,6 @@ def create_state(
         params = dict(zip(template.names, leaves, strict=True))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shardings = state_shardings(template, optimizer, mesh)
     return jax.jit(initialize, out_shardings=shardings)(jnp.asarray(config.seed, jnp.int32))
 
 
