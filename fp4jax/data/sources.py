@@ -1,8 +1,10 @@
 """Sources: what `config.data.source` names, opened.
 
-embedded, FOLDER, GLOB, FILE    shards of text, tokenized into the cache when they are first used
-FOLDER with an index.json       a prepared set (`python -m fp4jax.data.prepare`)
-A:0.7,B:0.3                     several of these, mixed by weight
+    embedded, FOLDER, GLOB, FILE    shards of text, tokenized into the cache when they are first used
+    FOLDER with an index.json       a prepared set (`python -m fp4jax.data.prepare`)
+    A:0.7,B:0.3                     several of these, mixed by weight
+
+Whatever a source is, it gives the same stream of tokens for the same documents.
 """
 
 import dataclasses

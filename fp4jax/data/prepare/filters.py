@@ -26,9 +26,8 @@ _CONTROLS = bytes({*range(32)} - {*b"\t\n\f\r"}) + b"\x7f"
 # U+FFFD, C1 controls, and two or three characters that were one in UTF-8, read as Windows-1252 or Latin-1.
 _TRACES = re.compile("[\ufffd\x80-\x9f]|[\xc2\xc3][\x80-\xbf]|\xe2[\x80-\x9f\u20ac][\x80-\xbf\u0152-\u2122]?")
 # What CLD2 takes for invalid UTF-8: control characters and noncharacters.
-_REFUSED = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef]|[%s]" % "".join(
-    chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF)
-))  # fmt: skip
+_LAST_OF_PLANES = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+_REFUSED = re.compile(f"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef{_LAST_OF_PLANES}]")
 
 
 class Filters:
@@ -59,7 +58,7 @@ class Filters:
 
 
 def mojibake_share(text: str, utf8: bytes) -> float:
-    """The share of a text's characters that are traces of a wrong encoding, or control characters but \\t \\n \\f \\r."""
+    """The share of a text's characters that are traces of a wrong encoding, or control characters that lay out none."""
     found = len(utf8) - len(utf8.translate(None, _CONTROLS))
     if not text.isascii():
         found += sum(map(len, _TRACES.findall(text)))

@@ -1,8 +1,10 @@
 """Inputs: the units that a `source` names, and the documents in one.
 
-FOLDER, GLOB, FILE    DCLM's shards (.jsonl.zst, .jsonl.zstd, .jsonl.gz, .jsonl) and .parquet: a unit is a file
-embedded              the State of the Union addresses that ship with the project
-tfds:NAME             a data set of TFDS, by its name there ("tfds:wikipedia/20230601.en"): a unit is a range of it
+    FOLDER, GLOB, FILE    DCLM's shards (.jsonl.zst, .jsonl.zstd, .jsonl.gz, .jsonl) and .parquet: a unit is a file
+    embedded              the State of the Union addresses that ship with the project
+    tfds:NAME             a data set of TFDS, by its name there ("tfds:wikipedia/20230601.en"): a unit is a range of it
+
+Files are taken in the order of their paths.
 """
 
 import dataclasses

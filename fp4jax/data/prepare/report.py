@@ -79,8 +79,9 @@ class Report:
         kept = [
             f"{self.documents[name]:,} documents, {self.tokens[name]:,} tokens in {name}" for name in self.documents
         ]
+        megabytes = self.text_bytes / 1e6
         lines = [
-            f"{self.documents_read:,} documents read from {self.inputs:,} inputs, {self.text_bytes / 1e6:,.1f} MB of text",
+            f"{self.documents_read:,} documents read from {self.inputs:,} inputs, {megabytes:,.1f} MB of text",
             *kept,
             f"{dropped:,} documents dropped" + _by_reason(self.drops),
         ]

@@ -1,10 +1,12 @@
 """What is done: the files of a preparation, each of them written whole or not at all.
 
-OUTPUT/partial/plan.json           options, tokenizer and inputs; another plan is refused
-OUTPUT/partial/unit-00000.json     the facts about a unit that is done (`UnitFacts`)
-OUTPUT/partial/*.writing           what a process is at; left over only by one that was killed
-OUTPUT/*.array_record              finished shards
-OUTPUT/report.json, index.json     at the end; then `partial` is removed
+    OUTPUT/partial/plan.json           options, tokenizer and inputs; another plan is refused
+    OUTPUT/partial/unit-00000.json     the facts about a unit that is done (`UnitFacts`)
+    OUTPUT/partial/*.writing           what a process is at; left over only by one that was killed
+    OUTPUT/*.array_record              finished shards
+    OUTPUT/report.json, index.json     at the end; then `partial` is removed
+
+The report has times in it; every other file that remains is a function of the inputs and the options.
 """
 
 import base64
