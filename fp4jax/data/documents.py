@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fp4jax.data.errors import DataError
 from fp4jax.data.shards import read_lines
@@ -103,6 +103,19 @@ def documents_in(shard: pathlib.Path, text_key: str, bad: BadLines) -> Iterator[
             yield Document(text, shard, number)
 
 
+def in_chunks(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Groups documents until a group holds so many characters of text."""
+    chunk, gathered = [], 0
+    for document in documents:
+        chunk.append(document)
+        gathered += len(document.text)
+        if gathered >= characters:
+            yield chunk
+            chunk, gathered = [], 0
+    if chunk:
+        yield chunk
+
+
 def _parse(line: bytes, text_key: str) -> tuple[str | None, str]:
     """Returns the text, or None and what is wrong with the line."""
     try:
@@ -142,5 +155,10 @@ def split_of(text: str, validation_fraction: float) -> str:
     and copies of one text are never on both sides. The text's 64-bit BLAKE2b hash (RFC 7693) is a uniform draw that
     is compared with the fraction.
     """
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return split_of_utf8(text.encode("utf-8"), validation_fraction)
+
+
+def split_of_utf8(utf8: bytes, validation_fraction: float) -> str:
+    """`split_of` for a text that is in UTF-8 already."""
+    digest = hashlib.blake2b(utf8, digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2.0**64 else "train"

@@ -25,6 +25,9 @@ TOO_SHORT, TOO_LONG, MOJIBAKE = "too short", "too long", "mojibake"
 _CONTROLS = bytes({*range(32)} - {*b"\t\n\f\r"}) + b"\x7f"
 # U+FFFD, C1 controls, and two or three characters that were one in UTF-8, read as Windows-1252 or Latin-1.
 _TRACES = re.compile("[\ufffd\x80-\x9f]|[\xc2\xc3][\x80-\xbf]|\xe2[\x80-\x9f\u20ac][\x80-\xbf\u0152-\u2122]?")
+# At least one of these is in the UTF-8 of a text with a trace; they are found much faster than _TRACES itself.
+_SIGNS = ("\ufffd".encode(), "\xc2".encode(), "\xc3".encode(), "\xe2".encode())
+_C1_SIGN = re.compile(b"\xc2[\x80-\x9f]")
 # What CLD2 takes for invalid UTF-8: control characters and noncharacters.
 _LAST_OF_PLANES = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
 _REFUSED = re.compile(f"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef{_LAST_OF_PLANES}]")
@@ -60,7 +63,7 @@ class Filters:
 def mojibake_share(text: str, utf8: bytes) -> float:
     """The share of a text's characters that are traces of a wrong encoding, or control characters that lay out none."""
     found = len(utf8) - len(utf8.translate(None, _CONTROLS))
-    if not text.isascii():
+    if not text.isascii() and (any(sign in utf8 for sign in _SIGNS) or _C1_SIGN.search(utf8)):
         found += sum(map(len, _TRACES.findall(text)))
     return found / len(text)
 

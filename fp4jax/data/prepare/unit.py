@@ -3,12 +3,12 @@
 import collections
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import UInt32
 
-from fp4jax.data.documents import SPLITS, BadLines, split_of
+from fp4jax.data.documents import SPLITS, BadLines, in_chunks, split_of_utf8
 from fp4jax.data.packing import concatenate, token_dtype
 from fp4jax.data.prepare.filters import Filters
 from fp4jax.data.prepare.inputs import Unit, documents_of
@@ -18,6 +18,9 @@ from fp4jax.data.tokenizers import CannotEncodeError, Tokenizer
 
 FLUSHED_TOKENS = 1 << 16
 """Tokens of a split that are gathered before records are written: enough to make NumPy's calls cheap."""
+
+CHUNK_CHARACTERS = 1 << 20
+"""Text that is dealt with at once."""
 
 TOO_MUCH, HOLDS_END = "too much for the tokenizer", "holds the end-of-text token"
 
@@ -38,15 +41,17 @@ def prepare_unit(
     writers = {split: _ShardWriter(state, split, unit.index, tokenizer) for split in SPLITS}
     bad, drops, text_bytes = BadLines(max_bad_fraction), collections.Counter(), 0
     try:
-        for document in documents_of(unit, state.options.text_key, bad):
-            utf8 = document.text.encode("utf-8")
-            text_bytes += len(utf8)
-            ids, reason = _tokens(document.text, utf8, tokenizer, filters)
-            if ids is None:
-                drops[reason] += 1
-            else:
-                writers[split_of(document.text, state.options.validation_fraction)].append(ids)
-            counted(1, 0 if ids is None else len(ids) + 1, len(utf8))
+        for chunk in in_chunks(documents_of(unit, state.options.text_key, bad), CHUNK_CHARACTERS):
+            texts = [document.text for document in chunk]
+            utf8 = [text.encode("utf-8") for text in texts]
+            tokens = 0
+            for encoded, ids in zip(utf8, _tokenize(texts, utf8, tokenizer, filters, drops), strict=True):
+                if ids is not None:
+                    writers[split_of_utf8(encoded, state.options.validation_fraction)].append(ids)
+                    tokens += len(ids) + 1
+            chunk_bytes = sum(map(len, utf8))
+            text_bytes += chunk_bytes
+            counted(len(chunk), tokens, chunk_bytes)
         shards = {split: writer.finish() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
@@ -66,19 +71,32 @@ def prepare_unit(
     write_whole(state.facts_file(unit), facts.to_json())
 
 
-def _tokens(
-    text: str, utf8: bytes, tokenizer: Tokenizer, filters: Filters
-) -> tuple[UInt32[np.ndarray, " tokens"] | None, str]:
-    """A document's tokens, or None and why it is dropped."""
-    if reason := filters.reason(text, utf8):
-        return None, reason
+def _tokenize(
+    texts: Sequence[str],
+    utf8: Sequence[bytes],
+    tokenizer: Tokenizer,
+    filters: Filters,
+    drops: collections.Counter[str],
+) -> list[UInt32[np.ndarray, " tokens"] | None]:
+    """The tokens of each text; None for one that is dropped, which is counted in `drops`."""
+    # One thing at a time: the tokenizer's tables are larger than a cache, and other work would push them out.
+    reasons = [filters.reason(text, encoded) for text, encoded in zip(texts, utf8, strict=True)]
+    tokens: list[UInt32[np.ndarray, " tokens"] | None] = []
+    for text, reason in zip(texts, reasons, strict=True):
+        ids, reason = (None, reason) if reason else _encode(text, tokenizer)
+        if ids is None:
+            drops[reason] += 1
+        tokens.append(ids)
+    return tokens
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> tuple[UInt32[np.ndarray, " tokens"] | None, str]:
+    """A text's tokens, or None and why there are none."""
     try:
         ids = tokenizer.encode_array(text)
     except CannotEncodeError:
         return None, TOO_MUCH
-    if (ids == tokenizer.end_of_text).any():
-        return None, HOLDS_END
-    return ids, ""
+    return (None, HOLDS_END) if (ids == tokenizer.end_of_text).any() else (ids, "")
 
 
 class _ShardWriter:
