@@ -24,7 +24,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def concatenate(
-    documents: Sequence[Sequence[int] | UInt[np.ndarray, " length"]], end_of_text: int, dtype: np.dtype
+    documents: Sequence[Sequence[int] | UInt[np.ndarray, " _"]], end_of_text: int, dtype: np.dtype
 ) -> UInt[np.ndarray, " tokens"]:
     """Joins documents' token ids, with `end_of_text` after every document: len = sum(len(document) + 1)."""
     ends = np.cumsum([len(document) + 1 for document in documents], dtype=np.int64)

@@ -36,7 +36,7 @@ class Report:
     shard_bytes: int
     cpu_seconds: float
     text_mb_per_cpu_second: float
-    tokens_per_cpu_second: float
+    tokens_per_cpu_second: int
     seconds: float
     workers: int
 
