@@ -5,7 +5,6 @@ import pytest
 from fp4jax.data.arguments import run
 from fp4jax.data.prepare import filters
 from fp4jax.data.prepare.command import main
-from tests.data.prepare.conftest import command
 
 
 @pytest.fixture
@@ -53,10 +52,3 @@ def test_a_filter_that_cannot_work_is_no_silent_one(corpus_of_three, call, monke
     code, _, err = call("--language=en")
     assert code == 2 and f"pip install {filters.LANGUAGE_PACKAGE}; or keep" in err and "--language=any" in err
     assert not (tmp_path / "set").exists()
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed(corpus_of_three, tmp_path):
-    kill = "import os, fp4jax.data.prepare.run as r\nif __name__ != '__main__': r._work = None"
-    finished = command(tmp_path / "corpus", tmp_path / "set", "--workers=2", "--tokenizer=embedded", before=kill)
-    assert finished.returncode in (0, 2)

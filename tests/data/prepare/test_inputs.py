@@ -59,7 +59,7 @@ def test_a_tfds_data_set(texts, tmp_path, monkeypatch):
 
     class Speeches(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = tmp_path
+        pkg_dir_path = code_path = tmp_path
 
         def _info(self):
             features = tfds.features.FeaturesDict({"text": tfds.features.Text()})

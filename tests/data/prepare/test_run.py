@@ -1,5 +1,6 @@
 """A prepared set: the stream is the documents', whoever works on it and however often it is stopped."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from fp4jax.data import DataError, PreparedSet, load_tokenizer, split_of, unigram_entropy
@@ -108,26 +110,40 @@ def test_a_killed_run_goes_on(corpus_of_three, prepare_corpus, tmp_path):
         shutil.rmtree(tmp_path / "set")
 
 
-@pytest.mark.slow
-def test_workers_end_with_the_process_that_started_them(write_shard, texts, tmp_path):
+@pytest.fixture
+def long_run(write_shard, texts, tmp_path):
+    """A preparation by two workers that are at their first shards, and what it prints as an error."""
     for index in range(4):
-        write_shard([f"{number} {text}" for number in range(4000) for text in texts[:10]], f"corpus/{index}.jsonl.zst")
+        write_shard([f"{number} {text}" for number in range(1000) for text in texts[:10]], f"corpus/{index}.jsonl.zst")
     arguments = [f"--source={tmp_path}/corpus", f"--output={tmp_path}/set", "--workers=2", "--language=any"]
-    process = subprocess.Popen([sys.executable, "-m", "fp4jax.data.prepare", *arguments], start_new_session=True)
+    start = [sys.executable, "-m", "fp4jax.data.prepare", *arguments]
+    process = psutil.Popen(start, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "set" / "partial").glob("train-*.writing")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.kill()
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("workers outlived the process that started them")
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(long_run):
+    workers = long_run.children()
+    assert len(workers) >= 2
+    long_run.kill()
+    long_run.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run(long_run):
+    next(child for child in long_run.children() if "spawn_main" in " ".join(child.cmdline())).kill()
+    _, error = long_run.communicate(timeout=60)
+    assert long_run.returncode == 2
+    assert error.startswith("error: a worker process was killed") and error.count("\n") == 1
 
 
 def test_a_finished_set_is_not_done_again(corpus_of_three, prepare_corpus, tmp_path):
