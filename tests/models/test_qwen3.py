@@ -73,6 +73,23 @@ def test_there_are_fixtures():
     assert len(FIXTURES) == 3
 
 
+def test_documents_in_one_row_do_not_see_each_other():
+    """In high precision, where the other documents' tokens change no scale."""
+    starts, lengths = (0, 5, 21), (5, 16, 11)
+    packed = np.asarray(TOKENS[:1])
+    alone = np.concatenate([np.roll(packed, -start, axis=1) for start in starts])
+    # Row 0 holds three documents; rows 1 to 3 begin with one of them; row 4 takes row 0 for one document.
+    tokens = np.concatenate([packed, alone, packed])
+    segments, positions = np.zeros((5, 32), np.int32), np.tile(np.arange(32, dtype=np.int32), (5, 1))
+    segments[0] = np.repeat(np.arange(3), lengths)
+    positions[0] = np.concatenate([np.arange(length) for length in lengths])
+    model = build(dataclasses.replace(TINY, num_layers=2), recipe="bf16")
+    logits = model(jnp.asarray(tokens), segment_ids=jnp.asarray(segments), positions=jnp.asarray(positions))
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True), start=1):
+        np.testing.assert_allclose(logits[0, start : start + length], logits[row, :length], atol=2e-5)
+    assert np.abs(logits[0] - logits[4])[5:].max() > 1e-2
+
+
 def test_no_logit_depends_on_a_later_token():
     """Causality by gradients, in high precision: a shared mean lets tokens see one another's statistics."""
     model = build(recipe="bf16")
@@ -81,7 +98,7 @@ def test_no_logit_depends_on_a_later_token():
 
     def logits_at(position, x):
         m = nnx.merge(graphdef, state)
-        rope = models.qwen3.rotary_angles(x.shape[1], TINY.head_dim, TINY.rope_theta)
+        rope = models.qwen3.rotary_angles(jnp.arange(x.shape[1]), TINY.head_dim, TINY.rope_theta)
         for segment in m.segments:
             x = m._scan(x, rope, segment, None, None, None)
         return m.norm(x)[0, position].sum()

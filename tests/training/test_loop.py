@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fp4jax.checkpoint import Checkpointer, CheckpointError
 from fp4jax.config import ConfigError
+from fp4jax.data.prepare.command import main as prepare_main
 from fp4jax.training import evaluate_workdir, loop, train
 from fp4jax.training.mesh import make_mesh
 from fp4jax.training.metrics import read_metrics
@@ -76,6 +77,21 @@ def test_resumed_fp4_run_equals_the_uninterrupted_one_bit_for_bit(averis_config,
     for one, other in zip(*map(jax.tree.leaves, (whole, resumed)), strict=True):
         np.testing.assert_array_equal(one, other)
     assert "is done: 4 of 4 steps" in run(config, tmp_path / "resumed")
+
+
+@pytest.mark.slow
+def test_a_run_on_prepared_data_with_documents_apart_resumes(config, corpus, tmp_path, monkeypatch):
+    flags = (f"--source={corpus}", f"--output={tmp_path / 'set'}", "--validation_fraction=0.1", "--language=any")
+    prepare_main([*flags, "--workers=1", "--record_tokens=50"])
+    config.data.source = f"{tmp_path / 'set'}:0.7,{corpus}:0.3"
+    config.data.document_mask, config.microbatches = True, 2
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            run(config, tmp_path / "resumed")
+    assert "after step 2" in run(config, tmp_path / "resumed")
+    assert deterministic(tmp_path / "resumed") == deterministic(tmp_path / "whole")
 
 
 def test_done_then_more_steps_then_another_config_then_evaluation(config, tmp_path):
