@@ -76,8 +76,10 @@ def open_task(name: str, folder: Path | None) -> Iterator[Mapping[str, Any]]:
     Raises:
       ValueError: the file, or the data set on the hub, cannot be read, or a document lacks a field.
     """
-    import lm_eval.tasks  # on demand: it is not needed for anything else
+    import datasets  # on demand, both of them: they are not needed for anything else
+    import lm_eval.tasks
 
+    datasets.disable_progress_bars()
     source = TASKS[name]
     definition = Path(lm_eval.tasks.__file__).parent / source.file
     with tempfile.TemporaryDirectory(prefix="fp4jax_task_") as temporary:

@@ -93,7 +93,7 @@ def _score(subject: Subject, names: Sequence[str], folder: Path | None, limit: i
             {
                 "metrics": _metrics(found["results"][name]),
                 "documents": found["n-samples"][name]["effective"],
-                "documents_in_set": found["n-samples"][name]["original"],
+                "documents_in_set": TASKS[name].documents,
                 "version": found["versions"][name],
                 "data": "hub" if folder is None else "local file",
                 "seconds": round(time.perf_counter() - start, 1),
