@@ -17,9 +17,7 @@ from fp4jax.training.command import run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 MODEL = flags.DEFINE_string("model", None, "With --tasks, instead of --workdir: smollm2-135m, or a model's file.")
-RECIPE = flags.DEFINE_string(
-    "recipe", None, "Recipe to evaluate with; by default the run's, or bf16."
-)
+RECIPE = flags.DEFINE_string("recipe", None, "Recipe to evaluate with; by default the run's, or bf16.")
 POLICY = flags.DEFINE_string("policy", None, "With --tasks: layers that get the recipe; by default the run's, or all.")
 BATCHES = flags.DEFINE_integer(
     "batches", None, "Batches of validation data, 0 for the whole split; by default config.evaluation.batches."
@@ -47,9 +45,7 @@ def main() -> None:
         return
     given = [f"--{flag.name}" for flag in TASK_FLAGS if flag.value is not None]
     if given:
-        raise ValueError(
-            f"{', '.join(given)}: for downstream tasks, and --tasks is missing (--tasks=all: all seven)"
-        )
+        raise ValueError(f"{', '.join(given)}: for downstream tasks, and --tasks is missing (--tasks=all: all seven)")
     if WORKDIR.value is None:
         raise ValueError("--workdir is missing; it is the folder that train.py wrote")
     print(evaluate_workdir(WORKDIR.value, RECIPE.value, BATCHES.value))
