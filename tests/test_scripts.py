@@ -1,4 +1,4 @@
-"""train.py and eval.py as a person runs them; the runs themselves are tested in tests/training."""
+"""train.py, eval.py and fp4jax.sample as a person runs them; the runs themselves are tested in tests/training."""
 
 import os
 import subprocess
@@ -13,7 +13,8 @@ TINY = "--config=configs/averis_tiny.py"
 
 def run(script, *arguments, cwd=ROOT):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    where = ["-m", script] if "." in script and not script.endswith(".py") else [str(ROOT / script)]
+    command = [sys.executable, *where, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -56,6 +57,24 @@ def test_eval_without_a_run(tmp_path):
     assert "--workdir is missing" in run("eval.py").stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("eval.py", ["--tasks=mmlu", "--model=some"], "unknown task 'mmlu'; accepted: arc_challenge,arc_easy,boolq"),
+        pytest.param("eval.py", ["--tasks=all"], "give one of --workdir", marks=pytest.mark.slow),
+        pytest.param("eval.py", ["--limit=3"], "--limit: for downstream tasks, and --tasks", marks=pytest.mark.slow),
+        pytest.param("eval.py", ["--tasks=all", "--batches=3"], "--batches is for the", marks=pytest.mark.slow),
+        pytest.param("fp4jax.sample", [], "--prompt is missing", marks=pytest.mark.slow),
+        ("fp4jax.sample", ["--prompt=a", "--top_p=2"], "top_p=2.0: must be greater than 0 and at most 1"),
+        pytest.param("fp4jax.sample", ["--prompt=a", "--model=none.gguf"], "none.gguf cannot", marks=pytest.mark.slow),
+    ],
+)
+def test_mistake_in_an_evaluation_gives_one_line(script, arguments, message):
+    result = run(script, *arguments)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and message in result.stderr
+
+
 def test_help():
     result = run("train.py", "--help")
     assert "--workdir" in result.stdout and "Rerunning the same command continues" in result.stdout
@@ -77,6 +96,12 @@ def test_train_then_eval(tmp_path):
     assert evaluation.returncode == 0 and "recipe nvfp4 (trained with bf16): validation loss" in evaluation.stdout
     assert (tmp_path / "run" / "evaluation-nvfp4.json").exists()
     assert evaluation.stderr == ""
+    sample = ["fp4jax.sample", f"--workdir={tmp_path / 'run'}", "--prompt=Fellow", "--prompt=I have the"]
+    text = run(*sample, "--max_tokens=6", "--temperature=1", "--top_k=50")
+    assert text.returncode == 0 and text.stdout.startswith("Fellow") and "\n\nI have the" in text.stdout, text.stderr
+    assert "12 tokens in " in text.stderr and "bf16 in 7 of 7 linear layers" in text.stderr
+    long = run(*sample, "--max_tokens=30")
+    assert long.returncode == 1 and "--max_tokens=30 exceed the 32 tokens that the model takes" in long.stderr
 
 
 def test_tables_are_what_their_json_says():

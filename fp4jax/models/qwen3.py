@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, PyTree
+from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
+from fp4jax.models.cache import CachedAttention
 from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate
 from fp4jax.policy import Policy
 from fp4jax.recipes import Recipe
@@ -143,11 +144,13 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None,
-        attend=causal_attention,
+        attend=causal_attention, row_mask=None,
     ):  # fmt: skip
         """One layer. `weights`: prepared kernels by name, or None; `key`, `monitor`: the layer's, or None."""
         c, (batch, length, _) = self.config, x_BxTxD.shape
-        linears = functools.partial(self._linears, products=products, weights=weights, key=key, monitor=monitor)
+        linears = functools.partial(
+            self._linears, products=products, weights=weights, key=key, monitor=monitor, row_mask=row_mask
+        )
         q, k, v = linears(LINEARS[:3], self.input_layernorm(x_BxTxD))
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (x.reshape(batch, length, -1, c.head_dim) for x in (q, k, v))
         if c.qk_norm:
@@ -163,7 +166,7 @@ class Block(nnx.Module):
         gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], x_BxTxD)
         return linears(LINEARS[6:], jax.nn.silu(gate_BxTxF) * up_BxTxF)[0]
 
-    def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None, row_mask=None):
+    def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None, row_mask):
         """The products of one input with several kernels; x is prepared once for each recipe among them.
 
         Leading axes of a kernel count independent matrices (experts), and x has them too; `row_mask`: x's real rows.
@@ -240,10 +243,15 @@ class Qwen3(nnx.Module):
         hidden = self.hidden(
             tokens_BxT, key=key, weights=weights, monitor=monitor, segment_ids=segment_ids, positions=positions
         )
+        return self.logits(hidden)
+
+    def logits(self, hidden_BxTxD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """The output head."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head
         return lax.dot_general(
-            hidden, head[...].astype(hidden.dtype), (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+            hidden_BxTxD, head[...].astype(hidden_BxTxD.dtype), (((2,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
 
     def hidden(
         self,
@@ -254,17 +262,26 @@ class Qwen3(nnx.Module):
         monitor: Monitor | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        cached: CachedAttention | None = None,
+        row_mask: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The normalized output of the last layer."""
+        """The normalized output of the last layer.
+
+        Args:
+          cached: the tokens before these, which attention reaches too; it takes up these.
+          row_mask: True for real tokens. Others, which must stand behind them, count in no mean and no scale of a
+            recipe; what is returned for them has no meaning.
+        """
         c = self.config
         x_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0).astype(c.dtype)
-        rope = rotary_angles(
-            jnp.arange(tokens_BxT.shape[1]) if positions is None else positions, c.head_dim, c.rope_theta
-        )
+        if positions is None:
+            length = tokens_BxT.shape[1]
+            positions = jnp.arange(length) if cached is None else cached.positions(length)
+        rope = rotary_angles(positions, c.head_dim, c.rope_theta)
         attend = functools.partial(causal_attention, segments_BxT=segment_ids)
         for index, segment in enumerate(self.segments):
             prepared = None if weights is None else weights[index]
-            x_BxTxD = self._scan(x_BxTxD, rope, segment, prepared, key, monitor, attend)
+            x_BxTxD = self._scan(x_BxTxD, rope, segment, prepared, key, monitor, attend, cached, row_mask)
         return self.norm(x_BxTxD)
 
     def probes(self) -> dict[str, Float32[Array, "L s"]]:
@@ -276,21 +293,33 @@ class Qwen3(nnx.Module):
         """Every kernel prepared under its recipe, to be used by several calls with the same parameters."""
         return [self._prepare_segment(segment, key) for segment in self.segments]
 
-    def _scan(self, x_BxTxD, rope, segment, weights, key, monitor: Monitor | None, attend=causal_attention):
+    def _scan(
+        self, x_BxTxD, rope, segment, weights, key, monitor: Monitor | None, attend=causal_attention, cached=None,
+        row_mask=None,
+    ):  # fmt: skip
         layers, products = segment
         graphdef, state = nnx.split(self.layers)
 
-        def one_layer(x_BxTxD, per_layer):
+        def one_layer(carry, per_layer):
+            x_BxTxD, cache = carry
             state, weights, index, probes = per_layer
             own = None if probes is None else Monitor(probes)
-            x_BxTxD = nnx.merge(graphdef, state)(x_BxTxD, rope, products, weights, _fold(key, index), own, attend)
-            return x_BxTxD, None if own is None else own.of_layer
+            of_layer = attend if cached is None else cached.layer(cache, index)
+            x_BxTxD = nnx.merge(graphdef, state)(
+                x_BxTxD, rope, products, weights, _fold(key, index), own, of_layer, row_mask
+            )
+            cache = None if cached is None else of_layer.cache
+            return (x_BxTxD, cache), None if own is None else own.of_layer
 
         if self.config.remat != "none":
             checkpoint_policy = _CHECKPOINT_POLICIES[self.config.remat]
             one_layer = jax.checkpoint(one_layer, policy=checkpoint_policy, prevent_cse=False)
         probes = None if monitor is None else _slice(monitor.probes, layers)
-        x_BxTxD, found = lax.scan(one_layer, x_BxTxD, (_slice(state, layers), weights, _indices(layers), probes))
+        start = (x_BxTxD, None if cached is None else cached.cache)
+        per_layer = (_slice(state, layers), weights, _indices(layers), probes)
+        (x_BxTxD, cache), found = lax.scan(one_layer, start, per_layer)
+        if cached is not None:
+            cached.cache = cache
         if monitor is not None:
             monitor.append(*found)
         return x_BxTxD

@@ -131,6 +131,8 @@ class MoEBlock(Block):
 
     def _feed_forward(self, x_BxTxD, linears, monitor: Monitor | None):
         c = self.config
+        if linears.keywords["row_mask"] is not None:
+            raise NotImplementedError("padding would take experts' slots: give a Qwen3-MoE rows without padding")
         x_SxD = x_BxTxD.reshape(-1, c.hidden_size)
         choices = choose(self.mlp.router(x_SxD), c.num_experts_per_token, c.norm_topk_prob)
         slots = assign_slots(choices.experts, c.num_experts, c.slots(len(x_SxD)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from fp4jax import models
 from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
@@ -17,7 +18,7 @@ from fp4jax.evaluation import EvaluationResult, evaluate
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.schedule import phase_at, phases, settle
-from fp4jax.training.state import model_template, sharded_abstract_params
+from fp4jax.training.state import ModelTemplate, Parameters, model_template, sharded_abstract_params
 from fp4jax.training.step import make_loss_step
 
 
@@ -49,19 +50,43 @@ class WorkdirEvaluation:
         )
 
 
-def evaluate_workdir(
-    workdir: str | Path, recipe_name: str | None = None, batches: int | None = None
-) -> WorkdirEvaluation:
-    """Evaluates the newest checkpoint on its run's validation split; writes `evaluation-<recipe>.json` in the workdir.
+@dataclass(frozen=True)
+class RestoredRun:
+    """A run's newest checkpoint, its parameters on the devices of `mesh`.
+
+    Attributes:
+      trained_with: the recipe of the checkpoint's last step.
+      config: the trained configuration with the evaluation's own choices.
+    """
+
+    step: int
+    trained_with: str
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    template: ModelTemplate
+    params: Parameters
+
+
+def restore_run(
+    workdir: str | Path,
+    recipe_name: str | None = None,
+    *,
+    policy: str | None = None,
+    batch_size: int | None = None,
+    batches: int | None = None,
+) -> RestoredRun:
+    """Reads the newest checkpoint of a run, for an evaluation on as many of this machine's devices as fit.
 
     Args:
       workdir: of a run of `train`.
       recipe_name: matrix multiplies to evaluate with; None for those of its last step.
+      policy: as `config.policy`; None for the run's own.
+      batch_size: sequences in a batch; None for one microbatch of the run, which fits in memory.
       batches: of validation data, 0 for the whole split; None for `config.evaluation.batches`.
 
     Raises:
       CheckpointError: no checkpoint, or one that cannot be read.
-      ValueError: an unknown recipe, or data that cannot be read.
+      ValueError: an unknown recipe or policy, or a policy that does not follow the recipe asked for.
     """
     workdir = Path(workdir).expanduser().absolute()
     found = saved_config(workdir)
@@ -69,8 +94,10 @@ def evaluate_workdir(
         raise CheckpointError(f"{workdir} holds no checkpoint; train with this --workdir first")
     step, saved = found
     trained_with = _recipe_at(saved, step)
-    config = _evaluation_config(saved, trained_with if recipe_name is None else recipe_name, batches)
-    if recipe_name is not None:
+    changes = {"recipe": trained_with if recipe_name is None else recipe_name}
+    changes |= {} if policy is None else {"policy": policy}
+    config = _evaluation_config(saved, changes, batch_size, batches)
+    if recipe_name is not None and policy is None:
         _check_policy_follows(config)
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
@@ -79,27 +106,48 @@ def evaluate_workdir(
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
     with Checkpointer(workdir, largest_array=largest, read_only=True) as checkpointer:
         params = checkpointer.restore_params(target)
+    return RestoredRun(step, trained_with, config, mesh, template, params)
+
+
+def evaluate_workdir(
+    workdir: str | Path, recipe_name: str | None = None, batches: int | None = None
+) -> WorkdirEvaluation:
+    """Evaluates the newest checkpoint on its run's validation split; writes `evaluation-<recipe>.json` in the workdir.
+
+    Args:
+      workdir, recipe_name, batches: as in `restore_run`.
+
+    Raises:
+      CheckpointError: no checkpoint, or one that cannot be read.
+      ValueError: an unknown recipe, or data that cannot be read.
+    """
+    run = restore_run(workdir, recipe_name, batches=batches)
+    config, mesh = run.config, run.mesh
     dataset = open_dataset(
         config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, split="validation"
     )
     with contextlib.closing(dataset.batches()) as iterator:
         on_devices = (put_batch(batch, mesh) for batch in iterator)
-        result = evaluate(make_loss_step(config, template, mesh), params, on_devices, config.evaluation.batches)
-    evaluation = WorkdirEvaluation(step, trained_with, config.recipe, result)
-    _write(workdir / f"evaluation-{config.recipe}.json", evaluation)
+        loss_step = make_loss_step(config, run.template, mesh)
+        result = evaluate(loss_step, run.params, on_devices, config.evaluation.batches)
+    evaluation = WorkdirEvaluation(run.step, run.trained_with, config.recipe, result)
+    _write(Path(workdir).expanduser() / f"evaluation-{config.recipe}.json", evaluation)
     return evaluation
 
 
-def _evaluation_config(saved: dict, recipe_name: str, batches: int | None) -> ml_collections.ConfigDict:
-    """The trained configuration with the evaluation's own choices, on as many of this machine's devices as fit."""
+def _evaluation_config(
+    saved: dict, changes: dict[str, str], batch_size: int | None, batches: int | None
+) -> ml_collections.ConfigDict:
+    """The trained configuration with `changes`, without its schedule, on as many of this machine's devices as fit."""
     config = default_config()
     config.update(saved)
-    config.recipe, config.schedule = recipe_name, ""
+    config.update(changes)
+    config.schedule = ""
     config = settle(config)
     if batches is not None:
         config.evaluation.batches = batches
-    # One microbatch of the training run fits in memory; the mesh that it ran on may not be here.
-    config.batch_size //= config.microbatches
+    # The mesh that the run was trained on may not be here.
+    config.batch_size = config.batch_size // config.microbatches if batch_size is None else batch_size
     config.microbatches = 1
     config.mesh = {"data": math.gcd(config.batch_size, jax.device_count()), "fsdp": 1, "tensor": 1}
     validate(config, jax.device_count())

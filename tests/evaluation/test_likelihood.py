@@ -1,0 +1,116 @@
+"""Log-likelihoods: against a plain computation, whatever the batch and the bucket; compiled once for each bucket."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fp4jax.evaluation.likelihood import Scorer
+from fp4jax.models.frozen import FrozenModel
+from fp4jax.models.llama import Llama, LlamaConfig
+from fp4jax.policy import policy
+from fp4jax.training.mesh import make_mesh, replicated
+
+pytestmark = pytest.mark.standard_promotion
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48,
+    dtype="float32", init_std=0.3,
+)  # fmt: skip
+
+
+@functools.cache
+def frozen(devices=1, recipe="bf16"):
+    mesh = make_mesh({"data": devices, "fsdp": 1, "tensor": 1})
+    chosen = policy("all_linear", recipe, CONFIG.linear_paths)
+    graphdef, state = nnx.split(Llama(CONFIG, policy=chosen, rngs=nnx.Rngs(0)))
+    return FrozenModel(nnx.merge(graphdef, jax.device_put(state, replicated(mesh)))), mesh
+
+
+def pairs():
+    """Of 3 to 60 tokens, in three buckets, in no order; the continuations of one end as greedy decoding would."""
+    rng = np.random.default_rng(0)
+    found = []
+    for context, continuation in ((40, 3), (5, 2), (1, 1), (30, 2), (29, 4), (20, 40), (33, 1), (2, 20), (31, 17)):
+        found.append(tuple(rng.integers(0, 64, size).tolist() for size in (context, continuation)))
+    return found
+
+
+@functools.cache
+def full_logits():
+    model, _ = frozen()[0].bind(frozen()[0].arrays)
+    return jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))
+
+
+def plain(context, continuation):
+    """(log-likelihood, is greedy) from the logits of the whole sequence."""
+    tokens = [*context, *continuation]
+    padded = np.zeros((1, 80), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = np.asarray(full_logits()(jnp.asarray(padded)))[0]
+    at = np.arange(len(context) - 1, len(tokens) - 1)
+    return logits[at, continuation].sum(), bool((logits[at].argmax(-1) == continuation).all())
+
+
+def greedy_continuation(context):
+    padded = np.zeros((1, 80), np.int32)
+    padded[0, : len(context)] = context
+    return [int(np.asarray(full_logits()(jnp.asarray(padded)))[0, len(context) - 1].argmax())]
+
+
+def check(scorer):
+    asked = pairs()
+    asked.append((asked[0][0], greedy_continuation(asked[0][0])))
+    done = []
+    for found, pair in zip(scorer(asked, done.append), asked, strict=True):
+        expected, greedy = plain(*pair)
+        assert abs(found.log_likelihood - expected) < 1e-4 and found.is_greedy == greedy
+    assert found.is_greedy and sum(done) == len(asked)
+
+
+def test_likelihoods_and_one_compilation_for_each_bucket(monkeypatch):
+    traces = []
+    hidden = Llama.hidden
+    monkeypatch.setattr(Llama, "hidden", lambda self, x, **how: traces.append(x.shape) or hidden(self, x, **how))
+    subject, mesh = frozen()
+    scorer = Scorer(subject, mesh, batch_size=3, max_length=64)
+    check(scorer)
+    assert sorted(shape for shape in traces if shape[0] == 3) == [(3, 32), (3, 48), (3, 64)]
+    # What is too long loses its beginning.
+    context, continuation = pairs()[5]
+    (found,) = scorer([([9] * 30 + context, continuation)])
+    assert abs(found.log_likelihood - plain([9] * 5 + context, continuation)[0]) < 1e-4
+    assert sum(shape[0] == 3 for shape in traces) == 3
+
+
+@pytest.mark.slow
+def test_a_batch_may_be_split_over_devices():
+    subject, mesh = frozen(devices=4)
+    check(Scorer(subject, mesh, batch_size=8, max_length=64))
+
+
+@pytest.mark.slow
+def test_rows_that_fill_up_a_batch_count_in_no_statistic():
+    subject, mesh = frozen(recipe="averis")
+    asked = pairs()[:1]
+    alone, filled = (Scorer(subject, mesh, batch_size=size, max_length=64)(asked)[0] for size in (1, 4))
+    baseline = plain(*asked[0])[0]
+    assert abs(alone.log_likelihood - filled.log_likelihood) < 1e-3 < abs(alone.log_likelihood - baseline)
+
+
+@pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [2] * 65)])
+def test_what_cannot_be_scored_is_refused(pair):
+    subject, mesh = frozen()
+    with pytest.raises(ValueError, match="neither may be empty, and the continuation may have 64 tokens"):
+        Scorer(subject, mesh, batch_size=1, max_length=64)([pair])
+
+
+def test_sizes_that_cannot_be_used_are_refused():
+    subject, mesh = frozen()
+    with pytest.raises(ValueError, match="batch_size=0 must be a multiple of 1"):
+        Scorer(subject, mesh, batch_size=0, max_length=64)
+    with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
+        Scorer(subject, mesh, batch_size=1, max_length=1)
