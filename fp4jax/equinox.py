@@ -5,7 +5,8 @@
         return jnp.mean((jax.vmap(model)(x) - y) ** 2)
 
 The model that is trained and saved stays as it is. Equinox models take one example and are vmapped over the batch:
-under `vmap` the examples are tokens of one product, which share means and maxima (a single token would be its own mean).
+under `vmap` the examples are tokens of one product, which share means and maxima (a single token would be its own
+mean).
 """
 
 from collections.abc import Callable

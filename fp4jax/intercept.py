@@ -3,8 +3,8 @@
 A layer's call is traced to a jaxpr. An array that is computed from the layer's weights alone (cast, transposed, a slice
 of them) is a weight; anything that depends on the call's inputs is data. The products of data and a weight are then
 evaluated under the recipe, everything else as it was written. So `jnp.einsum`, `jnp.dot`, `@` and `lax.dot_general` are
-all found, attention products never are, and nothing is guessed from shapes. Nothing global is replaced either: `jnp.dot`
-and its like are cached by JAX once traced, so a replaced `lax.dot_general` would stay in them.
+all found, attention products never are, and nothing is guessed from shapes. Nothing global is replaced either:
+`jnp.dot` and its like are cached by JAX once traced, so a replaced `lax.dot_general` would stay in them.
 """
 
 import enum
@@ -139,8 +139,8 @@ class _Evaluation:
     def _refuse_two_weights(self, origins) -> None:
         if origins.count(Origin.WEIGHT) == 2:
             raise ValueError(
-                f"{self.where} multiplies two of its own weights, and which holds activations is not known: leave it out "
-                "by a rule (its path, 'bf16') before the others, or call fp4jax.einsum in it"
+                f"{self.where} multiplies two of its own weights, and which holds activations is not known: leave "
+                "it out by a rule (its path, 'bf16') before the others, or call fp4jax.einsum in it"
             )
 
     def _refuse_weights_in(self, name: str, body, origins) -> None:
@@ -155,6 +155,7 @@ class _Evaluation:
         jax.eval_shape(trace, *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars))
         if probe.replaced:
             raise ValueError(
-                f"{self.where} multiplies by its weight inside a {name}, where products cannot be replaced: quantize the "
-                "module that the loop calls, call fp4jax.dot_general in it, or leave it out by a rule (its path, 'bf16')"
+                f"{self.where} multiplies by its weight inside a {name}, where products cannot be replaced: quantize "
+                "the module that the loop calls, call fp4jax.dot_general in it, or leave it out by a rule (its path, "
+                "'bf16')"
             )

@@ -141,7 +141,7 @@ class Quantized:
         return result
 
     def layers(self, variables, *args, **kwargs) -> dict[str, Recipe]:
-        """The recipe of every linear layer that `apply(variables, ...)` multiplies by, by its path; nothing is computed.
+        """The recipe of every linear layer that `apply(variables, ...)` multiplies by, by path; nothing is computed.
 
         Raises:
           ValueError: as `apply`.
@@ -155,7 +155,7 @@ class Quantized:
     def _check(self, seen: dict[str, int]) -> None:
         if not seen:
             raise ValueError(
-                f"{type(self.module).__name__} has no linear layer: no module in it multiplies by a parameter of its own"
+                f"{type(self.module).__name__} has no linear layer: no module in it multiplies by its own parameter"
             )
         _log.debug("%s", describe(self.policy.assign(seen)))
 

@@ -179,7 +179,7 @@ def _linear_layers(model: nnx.Module) -> dict[str, nnx.Module]:
 def _is_linear(module: nnx.Module) -> bool:
     if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
         return True
-    if isinstance(module, _NOT_LINEAR) or not callable(getattr(type(module), "__call__", None)):
+    if isinstance(module, _NOT_LINEAR) or not callable(module):
         return False
     return any(weight.ndim >= 2 for weight in _own_weights(module))
 

@@ -343,7 +343,9 @@ def split_statistics_of(layer, value, x, d_mean, added, real):
 @pytest.mark.parametrize("name", [*QUICK_STATISTICS, *(pytest.param(n, marks=SLOW) for n in SLOW_STATISTICS)])
 def test_statistics(name):
     x, w, g = operands()
-    g[..., :16] *= np.float32(2.0**-30)  # blocks that underflow: zero scales; of every token, so that no mean hides them
+    g[..., :16] *= np.float32(
+        2.0**-30
+    )  # blocks that underflow: zero scales; of every token, so that no mean hides them
     for mask in (np.ones(REAL.shape, bool), REAL):
         statistics = masked_product(name)(x, w, g, mask, KEY)[-1]
         expected = statistics_of(name, x, w, g, mask)
