@@ -21,7 +21,8 @@ class CNN(nn.Module):
     def __call__(self, images):
         x = nn.max_pool(nn.relu(nn.Conv(8, (3, 3))(images)), (4, 4), (4, 4)).reshape(len(images), -1)
         x = nn.relu(nn.Dense(64)(x))
-        return nn.Dense(10)(nn.relu(nn.Dense(32)(x)))
+        x = nn.relu(nn.Dense(32)(x))
+        return nn.Dense(10)(x)
 
 
 def digits(count: int = 64):

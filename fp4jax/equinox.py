@@ -11,8 +11,12 @@ mean).
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
+
+try:
+    import equinox as eqx
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("fp4jax.equinox needs the package equinox: pip install equinox") from error
 
 from fp4jax import intercept
 from fp4jax.dot import dot_general
