@@ -7,7 +7,7 @@ PYTHON_VENV := .venv/bin/python
 INSTALLED   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models eval-data train test test-slow test-compile test-peer test-all docs lint format clean
+.PHONY: help setup models eval-data train test test-slow test-compile test-peer test-examples test-all docs lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,16 @@ test-compile: .venv-compile/.installed ## compile every recipe and kernel for TP
 test-peer: .venv-peer/.installed models eval-data ## against Transformer Engine, compressed-tensors, transformers, lm-eval (1 GB beside .venv)
 	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -s -m peer tests/numerics/test_transformer_engine.py \
 		tests/models/test_pretrained.py tests/models/test_transformers.py tests/evaluation $(ARGS)
+
+.venv-examples/.installed: examples/requirements.txt $(INSTALLED)
+	$(PYTHON_VENV) -m venv .venv-examples
+	echo "$$($(PYTHON_VENV) -c 'import site; print(site.getsitepackages()[0])')" \
+		> "$$(.venv-examples/bin/python -c 'import site; print(site.getsitepackages()[0])')/fp4jax-base.pth"
+	.venv-examples/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r examples/requirements.txt
+	@touch $@
+
+test-examples: .venv-examples/.installed ## the examples on other people's models (installs beside .venv)
+	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples $(ARGS)
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)

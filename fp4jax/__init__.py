@@ -14,6 +14,8 @@ _DEFINED_IN = {
     "dot_general": "fp4jax.dot",
     "prepare": "fp4jax.dot",
     "Prepared": "fp4jax.dot",
+    "einsum": "fp4jax.equation",
+    "ragged_dot": "fp4jax.ragged",
     "LINEAR_INPUTS": "fp4jax.dot",  # the name of prepared activations for jax.checkpoint's policies
     "GRADIENT_STATISTICS": "fp4jax.statistics",  # what the cotangent of `probe` holds
     # Quantized arrays and their formats: the specification of every bit.
@@ -44,8 +46,9 @@ _MODULES = (
     "data",  # documents → tokens → packed rows → batches that resume
     "numerics",  # formats, rounding, block scaling, Hadamard, splits, random bits
     "recipes",  # the recipes by name
-    "linen",  # the slot in flax.linen: dot_general_cls
-    "nnx",  # the slot in flax.nnx: DotGeneral
+    "linen",  # flax.linen: the slot dot_general_cls; quantize for a whole model
+    "nnx",  # flax.nnx: the slot DotGeneral; quantize for a whole model
+    "equinox",  # Equinox: quantize for a whole model; needs the package equinox
     "policy",  # rules from layer path to recipe
     "models",  # Qwen3, Llama, pretrained weights
     "generation",  # text from a model: prefill and decode with a cache

@@ -1,17 +1,30 @@
-"""The slot in flax.linen: `nn.Dense(1024, dot_general_cls=fp4jax.linen.dot_general_cls("averis"))`.
+"""flax.linen: the slot of one layer, and whole models that others wrote.
 
-Dense and DenseGeneral make one `DotGeneral` a layer, so its random stream is the layer's own.
+    nn.Dense(1024, dot_general_cls=fp4jax.linen.dot_general_cls("averis"))
+    model = fp4jax.linen.quantize(model, fp4jax.Policy.of(("lm_head", "bf16"), (".", "averis")))
+
+Dense and DenseGeneral make one `DotGeneral` a layer, so its random stream is the layer's own. `quantize` needs no slot:
+it intercepts the calls of the modules that own weights (`nn.intercept_methods`, `fp4jax.intercept`).
 """
 
+import dataclasses
 import functools
+import logging
 
 import flax.linen as nn
 import jax
 
+from fp4jax import intercept
 from fp4jax.dot import dot_general
+from fp4jax.policy import Policy, as_policy, describe
 from fp4jax.recipes import Recipe, as_recipe
 
 RNG_STREAM = "fp4"
+
+# Own weights of two axes or more which they do not multiply by, or multiply as something else than a matrix.
+_NOT_LINEAR = (nn.Embed, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm, nn.GroupNorm)
+_ROOT = "model"  # the path of a model that is itself one layer
+_log = logging.getLogger("fp4jax")
 
 
 class DotGeneral(nn.Module):
@@ -58,3 +71,176 @@ def dot_general_cls(
       ValueError: an unknown recipe.
     """
     return functools.partial(DotGeneral, recipe=as_recipe(recipe), rng_stream=rng_stream, backend=backend, gemm=gemm)
+
+
+def quantize(
+    module: nn.Module,
+    policy: Policy | str | Recipe,
+    *,
+    rng_stream: str = RNG_STREAM,
+    backend: str = "auto",
+    gemm: str = "auto",
+) -> "Quantized":
+    """A whole model under a policy: to be initialized and applied as `module` is, with the same variables.
+
+    Pass the random stream to `apply`: `rngs={"fp4": key}`, under `nn.scan` also `split_rngs={"fp4": True}`. Without it
+    evaluation works, and differentiation of a recipe that draws raises a ValueError.
+
+    Args:
+      module: any Linen model. Its linear layers are the modules that own a parameter of two axes or more and multiply
+        by it in their `__call__`; embeddings, convolutions and norms of Linen are none.
+      policy: rules over the layers' paths, such as "layer_0.attn.q_einsum"; or one recipe for all of them.
+
+    Raises:
+      ValueError: no Linen module, or an unknown recipe.
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"quantize takes a flax.linen module, got {type(module).__name__}; see fp4jax.nnx for nnx models"
+        )
+    return Quantized(module, as_policy(policy), rng_stream, backend, gemm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A Linen module whose every call runs under a policy; `module` is the module as it was.
+
+    `apply`, `init` and the module's other methods and fields are the module's own; they are run with its layers
+    quantized.
+    """
+
+    module: nn.Module
+    policy: Policy
+    rng_stream: str
+    backend: str
+    gemm: str
+
+    def __getattr__(self, name: str):
+        value = getattr(self.module, name)
+        if name.startswith("__") or not callable(value):
+            return value
+
+        @functools.wraps(value)
+        def under_the_policy(*args, **kwargs):
+            with nn.intercept_methods(_Interceptor(self, {})):
+                return value(*args, **kwargs)
+
+        return under_the_policy
+
+    def apply(self, variables, *args, rngs=None, method=None, **kwargs):
+        """`module.apply`.
+
+        Raises:
+          ValueError: a whole model has no linear layer, or a rule of the policy matches none.
+        """
+        seen = {}
+        with nn.intercept_methods(_Interceptor(self, seen)):
+            result = self.module.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+        if method is None:
+            self._check(seen)
+        return result
+
+    def layers(self, variables, *args, **kwargs) -> dict[str, Recipe]:
+        """The recipe of every linear layer that `apply(variables, ...)` multiplies by, by path; nothing is computed.
+
+        Raises:
+          ValueError: as `apply`.
+        """
+        seen = {}
+        with nn.intercept_methods(_Interceptor(self, seen)):
+            jax.eval_shape(functools.partial(self.module.apply, **kwargs), variables, *args)
+        self._check(seen)
+        return {path: self.policy.recipe_for(path) for path in seen}
+
+    def _check(self, seen: dict[str, int]) -> None:
+        if not seen:
+            raise ValueError(
+                f"{type(self.module).__name__} has no linear layer: no module in it multiplies by its own parameter"
+            )
+        _log.debug("%s", describe(self.policy.assign(seen)))
+
+
+@dataclasses.dataclass
+class _Interceptor:
+    """What `nn.intercept_methods` calls in place of every method.
+
+    Attributes:
+      seen: products of every layer by its path, filled as layers are called.
+    """
+
+    model: Quantized
+    seen: dict[str, int]
+
+    def __call__(self, method, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or module.is_initializing() or not _may_be_linear(module):
+            return method(*args, **kwargs)
+        path = ".".join(module.path) or _ROOT
+        recipe = self.model.policy.recipe_for(path)
+        state = _MutableState(module.scope)
+
+        def function():
+            result = method(*args, **kwargs)
+            return result, state.changes()
+
+        product = functools.partial(self._product, module, recipe)
+        (result, changes), replaced = intercept.call(function, _own_weights(module), product, path)
+        state.write(changes)
+        if replaced:
+            self.seen[path] = self.seen.get(path, 0) + replaced
+        return result
+
+    def _product(self, module: nn.Module, recipe: Recipe, lhs, rhs, dimension_numbers, **options):
+        stream, draws = self.model.rng_stream, recipe.forward_draws or recipe.gradient_draws
+        key = module.make_rng(stream) if draws and module.has_rng(stream) else None
+        return dot_general(
+            lhs, rhs, dimension_numbers, recipe=recipe, key=key, backend=self.model.backend, gemm=self.model.gemm,
+            **options,
+        )  # fmt: skip
+
+
+class _MutableState:
+    """The variables that a call may change (`sow`, running statistics), to carry what it changed out of a trace."""
+
+    def __init__(self, scope):
+        self.scope = scope
+        self.before = self._values()
+
+    def _values(self) -> dict:
+        """A copy of the dictionaries; the arrays are the same objects."""
+        return jax.tree.map(lambda leaf: leaf, dict(self.scope.mutable_variables()))
+
+    def changes(self) -> dict:
+        """Collections with a value that is new."""
+        now = self._values()
+        return {name: tree for name, tree in now.items() if not _same(tree, self.before.get(name))}
+
+    def write(self, changes: dict) -> None:
+        for collection, tree in changes.items():
+            _write(self.scope._mutable_collection(collection), tree)
+
+
+def _same(tree, other) -> bool:
+    leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+    return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
+
+
+def _write(target: dict, tree: dict) -> None:
+    """`tree`'s leaves into the nested dictionaries of `target`, which scopes of submodules share."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and isinstance(target.get(name), dict):
+            _write(target[name], value)
+        else:
+            target[name] = value
+
+
+def _own_weights(module: nn.Module) -> list[jax.Array]:
+    """The parameters of the module itself, without those of its submodules."""
+    own = module.scope.variables().get("params", {})
+    return [leaf for value in own.values() if not isinstance(value, dict) for leaf in jax.tree.leaves(value)]
+
+
+def _may_be_linear(module: nn.Module) -> bool:
+    if isinstance(module, (*_NOT_LINEAR, DotGeneral)) or module.scope is None:
+        return False
+    return any(weight.ndim >= 2 for weight in _own_weights(module))

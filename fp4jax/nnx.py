@@ -1,11 +1,32 @@
-"""The slot in flax.nnx: `nnx.Linear(512, 1024, dot_general=fp4jax.nnx.DotGeneral("averis", rngs=rngs), rngs=rngs)`."""
+"""flax.nnx: the slot of one layer, and whole models that others wrote.
 
+    nnx.Linear(512, 1024, dot_general=fp4jax.nnx.DotGeneral("averis", rngs=rngs), rngs=rngs)
+    fp4jax.nnx.quantize(model, fp4jax.Policy.of(("lm_head", "bf16"), (".", "averis")), rngs=nnx.Rngs(fp4=0))
+
+`nnx.Linear`, `LinearGeneral` (so `MultiHeadAttention`) and `Einsum` have slots. Any other module that owns a weight of
+two axes or more gets a generated subclass, whose `__call__` is that of the module with the products of its own weights
+quantized (`fp4jax.intercept`).
+"""
+
+import functools
+import logging
+
+import jax
 from flax import nnx
 
+from fp4jax import intercept
 from fp4jax.dot import dot_general
+from fp4jax.equation import einsum
+from fp4jax.policy import Policy, as_policy, describe
 from fp4jax.recipes import Recipe, as_recipe
 
 RNG_STREAM = "fp4"
+
+_ATTRIBUTE = "fp4"  # of an intercepted module: its `DotGeneral`
+_ROOT = "model"  # the path of a model that is itself one layer
+# Own weights of two axes or more which they do not multiply by, or multiply as something else than a matrix.
+_NOT_LINEAR = (nnx.Embed, nnx.Conv, nnx.ConvTranspose, nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm)
+_log = logging.getLogger("fp4jax")
 
 
 class DotGeneral(nnx.Module):
@@ -47,8 +68,200 @@ class DotGeneral(nnx.Module):
 
     def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None):
         """`lax.dot_general`'s signature: the layer passes its input and its kernel."""
-        needs_key = self.stream is not None and (self.recipe.forward_draws or not self.deterministic)
         return dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding,
-            recipe=self.recipe, key=self.stream() if needs_key else None, backend=self.backend, gemm=self.gemm,
+            recipe=self.recipe, key=self.draw_key(), backend=self.backend, gemm=self.gemm,
         )  # fmt: skip
+
+    def draw_key(self) -> jax.Array | None:
+        """The next key of the stream, or None where the recipe needs none."""
+        needs_key = self.stream is not None and (self.recipe.forward_draws or not self.deterministic)
+        return self.stream() if needs_key else None
+
+
+class Einsum(DotGeneral):
+    """`jnp.einsum` under a recipe, as `nnx.Einsum` calls its `einsum_op`: (equation, activations, weights)."""
+
+    def __call__(self, equation, x, w, *, precision=None, preferred_element_type=None, out_sharding=None):
+        return einsum(
+            equation, x, w, precision=precision, preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding, recipe=self.recipe, key=self.draw_key(), backend=self.backend, gemm=self.gemm,
+        )  # fmt: skip
+
+
+def quantize(
+    model: nnx.Module,
+    policy: Policy | str | Recipe,
+    *,
+    rngs: nnx.Rngs | None = None,
+    rng_stream: str = RNG_STREAM,
+    backend: str = "auto",
+    gemm: str = "auto",
+) -> dict[str, Recipe]:
+    """Puts the linear layers of a whole model under a policy, in place; `restore` takes it back.
+
+    Parameters stay what and where they are. Every quantized layer gets a random stream of its own, which is part of the
+    model's state as Dropout's is. Layers that the policy leaves in high precision are not touched.
+
+    Args:
+      model: any nnx model. Its linear layers are `nnx.Linear`, `LinearGeneral`, `Einsum`, and the modules that own an
+        `nnx.Param` of two axes or more and have a `__call__`, but embeddings, convolutions and norms of flax.nnx.
+      policy: rules over the layers' paths, such as "layers.3.mlp.gate_proj"; or one recipe for all of them.
+      rngs: forked for the stream `rng_stream`; may be None if no recipe draws.
+
+    Returns:
+      The recipe of every linear layer by its path, those in high precision too.
+
+    Raises:
+      ValueError: a model without linear layers, one that is quantized already or has products of its own in a slot; a
+        rule that matches no layer; a recipe that draws without `rngs`.
+    """
+    layers = _linear_layers(model)
+    assigned = as_policy(policy).assign(layers)
+    options = {"rngs": rngs, "rng_stream": rng_stream, "backend": backend, "gemm": gemm}
+    slots = {path: _new_slot(layers[path], recipe, options) for path, recipe in assigned.items()}
+    for path, slot in slots.items():
+        if slot is not None:
+            _install(layers[path], path, slot)
+    _log.info("%s", describe(assigned))
+    return assigned
+
+
+def restore(model: nnx.Module) -> list[str]:
+    """Undoes `quantize`: the modules, their classes and their state as they were before.
+
+    Returns:
+      The paths of the layers that were quantized.
+
+    Raises:
+      ValueError: a model without quantized layers.
+    """
+    found = []
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Linear | nnx.LinearGeneral) and isinstance(module.dot_general, DotGeneral):
+            module.dot_general = nnx.static(jax.lax.dot_general)
+        elif isinstance(module, nnx.Einsum) and isinstance(module.einsum_op, Einsum):
+            module.einsum_op = nnx.static(jax.numpy.einsum)
+        elif _is_intercepted(module):
+            module.__class__ = type(module).__base__
+            delattr(module, _ATTRIBUTE)
+            delattr(module, _PATH)
+        else:
+            continue
+        found.append(_dotted(path))
+    if not found:
+        raise ValueError("the model has no quantized layers to restore; fp4jax.nnx.quantize(model, policy) makes them")
+    return found
+
+
+_PATH = "fp4_path"
+
+
+def _dotted(path) -> str:
+    return ".".join(map(str, path)) or _ROOT
+
+
+def _linear_layers(model: nnx.Module) -> dict[str, nnx.Module]:
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if _is_intercepted(module) or isinstance(module, DotGeneral):
+            raise ValueError(f"{_dotted(path)} is quantized already; call fp4jax.nnx.restore(model) first")
+        if _is_linear(module):
+            found[_dotted(path)] = module
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer: no module in it has a __call__ and owns an nnx.Param of two "
+            "axes or more"
+        )
+    return found
+
+
+def _is_linear(module: nnx.Module) -> bool:
+    if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
+        return True
+    if isinstance(module, _NOT_LINEAR) or not callable(module):
+        return False
+    return any(weight.ndim >= 2 for weight in _own_weights(module))
+
+
+def _own_weights(module: nnx.Module) -> list[jax.Array]:
+    """The values of the Params that are the module's own attributes."""
+    variables = (value for value in vars(module).values() if isinstance(value, nnx.Param))
+    return [leaf for variable in variables for leaf in jax.tree.leaves(variable.get_value())]
+
+
+def _is_intercepted(module: nnx.Module) -> bool:
+    return _ATTRIBUTE in vars(module) and isinstance(getattr(module, _ATTRIBUTE), DotGeneral)
+
+
+def _new_slot(module: nnx.Module, recipe: Recipe, options) -> DotGeneral | None:
+    if recipe.is_high_precision:
+        return None
+    return (Einsum if isinstance(module, nnx.Einsum) else DotGeneral)(recipe, **options)
+
+
+def _install(module: nnx.Module, path: str, slot: DotGeneral) -> None:
+    if isinstance(module, nnx.Linear | nnx.LinearGeneral):
+        taken = getattr(module, "dot_general_cls", None) or module.dot_general
+        _check_free(path, "dot_general", taken, (None, jax.lax.dot_general))
+        module.dot_general = nnx.data(slot)
+    elif isinstance(module, nnx.Einsum):
+        _check_free(path, "einsum_op", module.einsum_op, (jax.numpy.einsum,))
+        module.einsum_op = nnx.data(slot)
+    else:
+        _check_free(path, _ATTRIBUTE, vars(module).get(_ATTRIBUTE), (None,))
+        setattr(module, _ATTRIBUTE, slot)
+        setattr(module, _PATH, path)
+        module.__class__ = _intercepting(type(module))
+
+
+def _check_free(path: str, slot: str, value, free) -> None:
+    if value not in free:
+        raise ValueError(
+            f"{path} has a {slot} of its own ({value!r}): leave the layer out by a rule (its path, 'bf16') before the "
+            "others, or set it back"
+        )
+
+
+@functools.cache
+def _intercepting(cls: type) -> type:
+    """The subclass of a module's class whose `__call__` multiplies by the module's weights under its recipe."""
+
+    def __call__(self, *args, **kwargs):
+        return _call(self, cls.__call__, args, kwargs)
+
+    names = ("__module__", "__qualname__", "__doc__")
+    return type(cls)(cls.__name__, (cls,), {"__call__": __call__} | {name: getattr(cls, name) for name in names})
+
+
+def _call(module: nnx.Module, method, args, kwargs):
+    """`method(module, ...)` with its products of data and own weights quantized.
+
+    It is traced on a copy of the module, because a trace may not change variables from outside of it; what it changed
+    (random streams of modules inside, running statistics) is written back.
+    """
+    graph, state = nnx.split(module)
+    before, tree = jax.tree.flatten(state)
+
+    def function():
+        copy = nnx.merge(graph, jax.tree.unflatten(tree, before), copy=True)
+        result = method(copy, *args, **kwargs)
+        return result, jax.tree.leaves(nnx.state(copy))
+
+    path = getattr(module, _PATH)
+    slot = getattr(module, _ATTRIBUTE)
+    (result, after), replaced = intercept.call(function, _own_weights(module), slot, path)
+    if not replaced:
+        _report_no_product(path)
+    _, now = nnx.split(module)  # the slot has drawn since
+    changed = {i: new for i, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
+    if changed:
+        leaves = [changed.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(now))]
+        nnx.update(module, jax.tree.unflatten(tree, leaves))
+    return result
+
+
+@functools.cache
+def _report_no_product(path: str) -> None:
+    """Says so once."""
+    _log.warning("%s owns a weight and multiplied nothing by it: nothing of it runs under its recipe", path)

@@ -182,6 +182,11 @@ def self_contained(name: str) -> str:
     return name if name in _POLICIES else _written(name).text
 
 
+def as_policy(value: Policy | str | Recipe) -> Policy:
+    """A policy as it is; a recipe or its name as the policy that gives it to every linear layer."""
+    return value if isinstance(value, Policy) else Policy.of((".", value))
+
+
 def describe(assigned: Mapping[str, Recipe]) -> str:
     """`"averis in 161 of 196 linear layers, bf16 in 35"`, the most frequent recipe first."""
     counts = Counter(found.name for found in assigned.values()).most_common()

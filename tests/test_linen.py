@@ -159,3 +159,69 @@ def test_precision_and_dtype_reach_the_product():
     layer = nn.Dense(FEATURES, dtype=jnp.bfloat16, dot_general_cls=dot_general_cls("averis"))
     variables = jax.eval_shape(layer.init, jax.random.key(0), X)
     assert jax.eval_shape(layer.apply, variables, X).dtype == jnp.bfloat16
+
+
+class Own(nn.Module):
+    """A linear layer without a slot, that also records something."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, equation, x):
+        w = self.param("w", nn.initializers.normal(0.1), self.shape)
+        y = jnp.einsum(equation, x, w)
+        self.sow("intermediates", "y", y)
+        return y
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        q, k, v = Own((3, 2, 24, 16), name="qkv")("btd,cndh->cbtnh", x)
+        a = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k))
+        y = Own((2, 16, 24), name="out")("btnh,nhd->btd", jnp.einsum("bnts,bsnh->btnh", a, v))
+        return nn.Dense(24, name="up")(y), None
+
+
+def test_a_whole_model_by_interception():
+    model = fp4jax.linen.quantize(Attention(), fp4jax.Policy.of(("up", "bf16"), (".", "averis")))
+    variables = jax.eval_shape(Attention().init, jax.random.key(0), X)
+    assert jax.tree.structure(jax.eval_shape(model.init, jax.random.key(0), X)) == jax.tree.structure(variables)
+    params = {"params": variables["params"]}
+    assert {path: recipe.name for path, recipe in model.layers(params, X).items()} == {
+        "qkv": "averis", "out": "averis", "up": "bf16",
+    }  # fmt: skip
+
+    def run(params, x, key):
+        return model.apply(params, x, rngs={"fp4": key}, mutable=["intermediates"])
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    assert str(jax.make_jaxpr(run)(zeros, X, KEY)).count("custom_vjp_call") == 2
+    _, recorded = jax.eval_shape(run, params, X, KEY)
+    assert recorded["intermediates"]["out"]["y"][0].shape == (2, 8, 24)
+
+
+def test_a_scanned_model_without_its_stream_says_what_to_pass():
+    for split, works in (({"params": True, "fp4": True}, True), ({"params": True}, False)):
+        stack = nn.scan(nn.remat(Attention), variable_axes={"params": 0}, split_rngs=split, length=2)()
+        model = fp4jax.linen.quantize(stack, "averis")
+        params = {"params": jax.eval_shape(stack.init, jax.random.key(0), X, None)["params"]}
+
+        def loss(params, model=model):
+            return jnp.sum(model.apply(params, X, None, rngs={"fp4": KEY})[0])
+
+        if works:
+            jax.eval_shape(jax.grad(loss), params)
+            continue
+        with pytest.raises(ValueError, match=r"under nn.scan also split_rngs=\{'fp4': True\}"):
+            jax.eval_shape(jax.grad(loss), params)
+
+
+def test_a_model_is_refused_with_the_cure():
+    params = {"params": jax.eval_shape(Attention().init, jax.random.key(0), X)["params"]}
+    with pytest.raises(ValueError, match="rule 'mlp' matches none of the 3 linear layers"):
+        fp4jax.linen.quantize(Attention(), fp4jax.Policy.of(("mlp", "averis"))).layers(params, X)
+    with pytest.raises(ValueError, match="Dropout has no linear layer"):
+        fp4jax.linen.quantize(nn.Dropout(0.5, deterministic=True), "averis").layers({}, X)
+    with pytest.raises(ValueError, match="takes a flax.linen module, got int"):
+        fp4jax.linen.quantize.__wrapped__(3, "averis")  # the suite's type checker would be first

@@ -129,3 +129,84 @@ def test_attention():
     loss, gradients = step(attention, X)
     assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert slots[0].stream.count[...] == 3 and slots[1].stream.count[...] == 1
+
+
+class Own(nnx.Module):
+    """A linear layer without a slot."""
+
+    def __init__(self, equation, shape, rngs):
+        self.equation = equation
+        self.w = nnx.Param(0.1 * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.equation, x, self.w[...])
+
+
+class Attention(nnx.Module):
+    """A model as others write it: its own layers, a weight of its own beside children, Dropout."""
+
+    def __init__(self, rngs):
+        self.qkv = Own("btd,cndh->cbtnh", (3, 2, 24, 16), rngs)
+        self.out = nnx.Einsum("btnh,nhd->btd", (2, 16, 24), rngs=rngs)
+        self.up = nnx.Linear(24, 32, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.down = nnx.Param(0.1 * jax.random.normal(rngs.params(), (32, 24)))
+
+    def __call__(self, x):
+        q, k, v = self.qkv(x)
+        a = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k))
+        y = self.up(self.out(jnp.einsum("bnts,bsnh->btnh", a, v)))
+        return self.dropout(y) @ self.down[...]
+
+
+POLICY = fp4jax.Policy.of(("up", "bf16"), (".", "averis"))
+
+
+def test_a_whole_model_and_back():
+    model = Attention(nnx.Rngs(0))
+    before, classes = nnx.state(model), [type(module) for _, module in nnx.iter_modules(model)]
+    layers = fp4jax.nnx.quantize(model, POLICY, rngs=nnx.Rngs(fp4=0))
+    assert {path: recipe.name for path, recipe in layers.items()} == {
+        "model": "averis", "qkv": "averis", "out": "averis", "up": "bf16",
+    }  # fmt: skip
+    assert isinstance(model.qkv, Own) and type(model.qkv) is not Own
+    assert jax.tree.structure(nnx.state(model, nnx.Param)) == jax.tree.structure(
+        nnx.state(Attention(nnx.Rngs(0)), nnx.Param)
+    )
+    graph, state = nnx.split(model)
+    program = str(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, X))
+    assert program.count("custom_vjp_call") == 3
+    with pytest.raises(ValueError, match=r"is quantized already; call fp4jax.nnx.restore"):
+        fp4jax.nnx.quantize(model, POLICY, rngs=nnx.Rngs(0))
+    assert sorted(fp4jax.nnx.restore(model)) == ["model", "out", "qkv"]
+    assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(before)
+    assert {type(module) for _, module in nnx.iter_modules(model)} >= set(classes)
+
+
+@pytest.mark.slow
+def test_an_intercepted_layer_is_the_product_with_its_key():
+    layer = Own("btd,df->btf", (24, FEATURES), nnx.Rngs(0))
+    fp4jax.nnx.quantize(layer, "averis", rngs=nnx.Rngs(fp4=3))
+    slot = linear()
+    slot.kernel[...] = layer.w[...]
+
+    @nnx.jit
+    def gradients(layer, x):
+        (_, y), (parameters, dx) = nnx.value_and_grad(sine_loss, argnums=(0, 1), has_aux=True)(layer, x)
+        return y, dx, jax.tree.leaves(parameters)
+
+    assert_close(gradients(layer, X), gradients(slot, X))
+    assert layer.fp4.stream.count[...] == 1
+
+
+def test_a_model_is_refused_with_the_cure():
+    model = Attention(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="rule 'mlp' matches none of the 4 linear layers"):
+        fp4jax.nnx.quantize(model, fp4jax.Policy.of(("mlp", "averis")), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"pass rngs=nnx.Rngs\(fp4=0\)"):
+        fp4jax.nnx.quantize(model, "averis")
+    assert type(model.qkv) is Own
+    with pytest.raises(ValueError, match="Dropout has no linear layer"):
+        fp4jax.nnx.quantize(nnx.Dropout(0.5), "averis", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no quantized layers to restore"):
+        fp4jax.nnx.restore(model)

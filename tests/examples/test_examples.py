@@ -1,0 +1,85 @@
+"""The examples as shipped, on models of other packages: the loss falls, every linear layer and nothing else is FP4."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fp4jax
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.standard_promotion,
+    pytest.mark.filterwarnings("default"),  # other packages' own
+]
+
+
+def example(name: str, package: str):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}; make test-examples installs it")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def count(jaxpr, found=None) -> dict[str, int]:
+    """(quantized products, other products) of a forward pass; a quantized one is a custom VJP."""
+    found = {"quantized": 0, "other": 0} if found is None else found
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "custom_vjp_call":
+            found["quantized"] += 1
+            continue
+        found["other"] += equation.primitive.name == "dot_general"
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                count(inner, found)
+    return found
+
+
+def falls(losses):
+    return len(losses) == 20 and losses[-1] < 0.5 * losses[0]
+
+
+def test_tunix_qwen3():
+    nnx = pytest.importorskip("flax.nnx")
+    module = example("tunix_qwen3", "tunix")
+    plain = module.qwen3.Qwen3(module.CONFIG, rngs=nnx.Rngs(0))
+    before = jax.tree.structure(nnx.state(plain))
+    model, layers, losses = module.main()
+    assert falls(losses)
+    quantized = [path for path, recipe in layers.items() if recipe.name == "averis"]
+    assert len(layers) == 15 and len(quantized) == 14 and "lm_head" not in quantized
+    assert jax.tree.structure(nnx.state(model, nnx.Param)) == jax.tree.structure(nnx.state(plain, nnx.Param))
+    model.eval()
+    forward = jax.make_jaxpr(lambda tokens: module.loss(model, tokens))(module.TOKENS)
+    # Two products of attention a layer and the head stay.
+    assert count(forward.jaxpr) == {"quantized": 14, "other": 2 * 2 + 1}
+    assert sorted(fp4jax.nnx.restore(model)) == sorted(quantized)
+    assert jax.tree.structure(nnx.state(model)) == before
+
+
+def test_flax_mnist():
+    model, layers, losses = example("flax_mnist", "flax").main()
+    assert falls(losses)
+    assert {path: recipe.name for path, recipe in layers.items()} == {
+        "Dense_0": "averis", "Dense_1": "averis", "Dense_2": "bf16",
+    }  # fmt: skip
+
+
+def test_equinox_mlp():
+    module = example("equinox_mlp", "equinox")
+    model, layers, losses = module.main()
+    assert falls(losses) and len(layers) == 3
+    x = jnp.ones((8, 16))
+
+    def forward(model, x):
+        return jax.vmap(fp4jax.equinox.quantize(model, "averis+nearest"))(x)
+
+    eqx = pytest.importorskip("equinox")
+    jaxpr = eqx.filter_make_jaxpr(forward)(model, x)[0]
+    assert count(jaxpr.jaxpr) == {"quantized": 3, "other": 0}
