@@ -19,8 +19,8 @@ def expected_embedding(
 
 def gaussian_mean(
     function: Callable[[np.ndarray], np.ndarray],
-    mean: float | Float64[np.ndarray, " n"],
-    deviation: float | Float64[np.ndarray, " n"],
+    mean: float | Float64[np.ndarray, "*n"],
+    deviation: float | Float64[np.ndarray, "*n"],
 ) -> Float64[np.ndarray, "..."]:
     """E f(x) for x ~ N(mean, deviation²), elementwise, by Gauss-Hermite quadrature.
 
@@ -43,11 +43,11 @@ def silu_slope(x: np.ndarray) -> np.ndarray:
 
 
 def swiglu_mean(
-    gate_mean: Float64[np.ndarray, " n"],
-    gate_deviation: Float64[np.ndarray, " n"],
-    up_mean: Float64[np.ndarray, " n"],
-    covariance: Float64[np.ndarray, " n"],
-) -> Float64[np.ndarray, " n"]:
+    gate_mean: Float64[np.ndarray, "*n"],
+    gate_deviation: Float64[np.ndarray, "*n"],
+    up_mean: Float64[np.ndarray, "*n"],
+    covariance: Float64[np.ndarray, "*n"],
+) -> Float64[np.ndarray, "*n"]:
     """E[silu(gate) up] for jointly Gaussian gate and up, by Stein's lemma:
 
         E[silu(gate)] E[up] + cov(gate, up) E[silu'(gate)]
@@ -71,7 +71,7 @@ def attention_parts(
     return weights @ np.broadcast_to(mean, values.shape), weights @ (values - mean)
 
 
-def cosine(a: Float64[np.ndarray, " n"], b: Float64[np.ndarray, " n"]) -> float:
+def cosine(a: Float64[np.ndarray, "*n"], b: Float64[np.ndarray, "*n"]) -> float:
     """<a, b> / |a| |b|; 0 where one of them is 0."""
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norms if norms else 0.0
