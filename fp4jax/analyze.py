@@ -51,6 +51,26 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "fp4jax.analysis.sensitivity.command",
         "main",
     ),
+    "mean-bias": Subcommand(
+        "the mean of activations: signs, energies, where it comes from (arXiv 2603.10444)",
+        "fp4jax.analysis.mean_bias.command",
+        "mean_bias",
+    ),
+    "outliers": Subcommand(
+        "what makes the largest activations: mean, spike or tail",
+        "fp4jax.analysis.mean_bias.command",
+        "outliers",
+    ),
+    "operators": Subcommand(
+        "the mean before and after attention and SwiGLU",
+        "fp4jax.analysis.mean_bias.command",
+        "operators",
+    ),
+    "figures": Subcommand(
+        "the figures of arXiv 2603.10444 on a model or a run's checkpoints",
+        "fp4jax.analysis.mean_bias.command",
+        "draw_figures",
+    ),
 }
 
 

@@ -134,6 +134,10 @@ class Checkpointer:
         """Returns the steps done in the newest complete checkpoint; None without one."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns the steps done of every complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
     def save(
         self, step: int, params: PyTree, optimizer: PyTree, data_position: Mapping, config: ml_collections.ConfigDict
     ) -> None:
@@ -153,8 +157,11 @@ class Checkpointer:
         with self._save_errors():
             self._manager.save(step, args=items)
 
-    def restore(self, params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree, dict]:
-        """Restores the newest checkpoint into these shapes and shardings; returns (params, optimizer, data position).
+    def restore(self, params: PyTree, optimizer: PyTree, *, step: int | None = None) -> tuple[PyTree, PyTree, dict]:
+        """Restores a checkpoint into these shapes and shardings; returns (params, optimizer, data position).
+
+        Args:
+          step: one of `steps()`; None for the newest.
 
         Raises:
           CheckpointError: there is none, or it cannot be read.
@@ -164,7 +171,7 @@ class Checkpointer:
             "optimizer": ocp.args.StandardRestore(optimizer),
             "data": ocp.args.JsonRestore(),
         }
-        restored = self._restore(items)
+        restored = self._restore(items, step)
         return restored["params"], restored["optimizer"], restored["data"]
 
     def restore_params(self, params: PyTree) -> PyTree:
@@ -205,8 +212,8 @@ class Checkpointer:
         finally:
             self._manager.close()
 
-    def _restore(self, items: dict) -> ocp.args.Composite:
-        step = self.latest_step()
+    def _restore(self, items: dict, step: int | None = None) -> ocp.args.Composite:
+        step = self.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train with this --workdir first")
         try:

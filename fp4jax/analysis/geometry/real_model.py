@@ -21,7 +21,7 @@ from fp4jax.recipes import Recipe
 Product = Callable[[str, Float[Array, "B T inputs"]], Float[Array, "B T outputs"]]
 
 
-def _layer(block, x_BxTxD: Float32[Array, "B T D"], rope, product: Product) -> Float32[Array, "B T D"]:
+def apply_layer(block, x_BxTxD: Float32[Array, "B T D"], rope, product: Product) -> Float32[Array, "B T D"]:
     """One layer with its products left open: `product(name, input)`, name one of LINEARS."""
     batch, length, _ = x_BxTxD.shape
     heads = (batch, length, -1, block.config.head_dim)
@@ -36,7 +36,7 @@ def _layer(block, x_BxTxD: Float32[Array, "B T D"], rope, product: Product) -> F
     return x_BxTxD + product(LINEARS[6], jax.nn.silu(gate) * up)
 
 
-def _plain(block) -> Product:
+def plain_products(block) -> Product:
     """Products in float32."""
     return lambda name, x: jnp.einsum("bti,io->bto", x, block.kernel(name), precision=lax.Precision.HIGHEST)
 
@@ -49,7 +49,7 @@ def _quantized(block, recipe: Recipe) -> Product:
     )
 
 
-def _scan(model: Qwen3, tokens_BxT: Int[Array, "B T"], layer: Callable, carry: Callable):
+def scan_layers(model: Qwen3, tokens_BxT: Int[Array, "B T"], layer: Callable, carry: Callable):
     """Scans `layer(block, carried, rope)` over the model's layers, starting with `carry(embedded tokens)`."""
     x_BxTxD = jnp.take(model.embedding[...], tokens_BxT, axis=0).astype(jnp.float32)
     rope = rotary_angles(jnp.arange(tokens_BxT.shape[1]), model.config.head_dim, model.config.rope_theta)
@@ -74,7 +74,7 @@ def trace(model: Qwen3, tokens_BxT: Int[Array, "B T"]) -> dict[str, Float32[Arra
 
     def layer(block, x_BxTxD, rope):
         record = {}
-        plain = _plain(block)
+        plain = plain_products(block)
 
         def product(name: str, x: Float32[Array, "B T inputs"]) -> Float32[Array, "B T outputs"]:
             shares = x * x / jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-30)
@@ -83,10 +83,10 @@ def trace(model: Qwen3, tokens_BxT: Int[Array, "B T"]) -> dict[str, Float32[Arra
                 record["mlp"] = x.reshape(-1, x.shape[-1])
             return plain(name, x)
 
-        x_BxTxD = _layer(block, x_BxTxD, rope, product)
+        x_BxTxD = apply_layer(block, x_BxTxD, rope, product)
         return x_BxTxD, record | {"stream": x_BxTxD}
 
-    return _scan(model, tokens_BxT, layer, lambda x: x)[1]
+    return scan_layers(model, tokens_BxT, layer, lambda x: x)[1]
 
 
 @functools.partial(nnx.jit, static_argnames=("recipe",))
@@ -107,20 +107,20 @@ def quantization_errors(
     def layer(block, streams, rope):
         clean, stacked = streams
         products = []
-        plain, quantized = _plain(block), _quantized(block, recipe)
+        plain, quantized = plain_products(block), _quantized(block, recipe)
 
         def both(name: str, x: Float32[Array, "B T inputs"]) -> Float32[Array, "B T outputs"]:
             y = plain(name, x)
             products.append(_sums(y, quantized(name, x)))
             return y
 
-        after = _layer(block, clean, rope, both)
-        alone = _layer(block, clean, rope, quantized)
-        stacked = _layer(block, stacked, rope, quantized)
+        after = apply_layer(block, clean, rope, both)
+        alone = apply_layer(block, clean, rope, quantized)
+        stacked = apply_layer(block, stacked, rope, quantized)
         sums = {"products": jnp.stack(products), "layer": _sums(after, alone), "stack": _sums(after, stacked)}
         return (after, stacked), sums
 
-    return _scan(model, tokens_BxT, layer, lambda x: (x, x))[1]
+    return scan_layers(model, tokens_BxT, layer, lambda x: (x, x))[1]
 
 
 def row_alignments(kernel: Float32[Array, "L inputs outputs"]) -> Float32[Array, "L outputs"]:
