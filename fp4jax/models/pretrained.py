@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32
 
@@ -57,6 +58,9 @@ class MissingTokenizer(Tokenizer):
         self._raise()
 
     def decode(self, ids: Sequence[int]) -> str:
+        self._raise()
+
+    def encode_array(self, text: str) -> np.ndarray:
         self._raise()
 
     def __getattr__(self, name: str):
