@@ -17,6 +17,7 @@ BACKENDS = ("auto", "xla", "pallas")
 GEMMS = ("auto", "native", "emulated")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
 ACTIVATION_DTYPES = ("bfloat16", "float32")
+ON_NONFINITE = ("stop", "skip", "rollback")
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -40,6 +41,8 @@ def default_config() -> ml_collections.ConfigDict:
       batch_size: sequences in an optimizer step, over all devices and microbatches.
       microbatches: parts that a batch is split into, one after the other, to bound activation memory.
       seq_len: tokens in a sequence, a multiple of 16.
+      on_nonfinite: what to do when loss or gradient of a step are not finite: "stop", "skip" (leave the state as it
+        was; the step counts) or "rollback" (go back to a checkpoint and pass over the data since).
     """
     config = ml_collections.ConfigDict(
         {
@@ -53,6 +56,7 @@ def default_config() -> ml_collections.ConfigDict:
             "batch_size": 8,
             "microbatches": 1,
             "seq_len": 256,
+            "on_nonfinite": "stop",
             "model": _model(),
             "optimizer": _optimizer(),
             "data": _data(),
@@ -61,6 +65,8 @@ def default_config() -> ml_collections.ConfigDict:
             "evaluation": _evaluation(),
             "log": _log(),
             "health": _health(),
+            "divergence": _divergence(),
+            "watchdog": _watchdog(),
         }
     )
     return config.lock()
@@ -128,10 +134,11 @@ def _mesh() -> dict:
 
 
 def _checkpoint() -> dict:
-    """A checkpoint `every` so many steps and at the end, the latest `keep` are kept. `asynchronous` writes while
-    training goes on; on a CPU this holds a second copy of the state (arrays being written cannot be donated).
+    """A checkpoint `every` so many steps and at the end; the latest `keep` are kept, and those of every `keep_every`
+    steps (0: no others). `asynchronous` writes while training goes on; on a CPU this holds a second copy of the state
+    (arrays being written cannot be donated).
     """
-    return {"every": 200, "keep": 3, "asynchronous": True}
+    return {"every": 200, "keep": 3, "keep_every": 0, "asynchronous": True}
 
 
 def _evaluation() -> dict:
@@ -151,6 +158,21 @@ def _health() -> dict:
     itself, are what they are without.
     """
     return {"every": 0}
+
+
+def _divergence() -> dict:
+    """`rollback_steps`: a rollback goes to the newest checkpoint at least so many steps before the one that was not
+    finite; `max_events`: skipped steps and rollbacks after which a run stops all the same; `spike`: a loss is reported
+    as a spike from so many standard deviations above the last 100 (0: never).
+    """
+    return {"rollback_steps": 1, "max_events": 20, "spike": 8.0}
+
+
+def _watchdog() -> dict:
+    """`timeout`: seconds without a finished step, validation batch or checkpoint after which a run counts as hanging
+    and ends itself (0: never). Compilation counts too. `slow_step`: a step this many times the median is an outlier.
+    """
+    return {"timeout": 3600.0, "slow_step": 3.0}
 
 
 def flatten(config: Mapping | ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
@@ -258,11 +280,15 @@ def _check_schema(config: ml_collections.ConfigDict) -> None:
 
 POSITIVE = (
     *("steps", "batch_size", "microbatches", "seq_len", "checkpoint.every", "checkpoint.keep", "evaluation.every"),
+    *("divergence.rollback_steps", "watchdog.slow_step"),
     *("log.every", "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "data.prefetch"),
     *(f"model.{size}" for size in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")),
     *(f"model.{size}" for size in ("head_dim", "intermediate_size", "rope_theta", "rms_norm_eps", "init_std")),
 )
-NOT_NEGATIVE = ("seed", "health.every", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches")
+NOT_NEGATIVE = (
+    *("seed", "health.every", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches"),
+    *("checkpoint.keep_every", "divergence.max_events", "divergence.spike", "watchdog.timeout"),
+)
 FRACTIONS = ("optimizer.end_learning_rate_fraction", "data.max_bad_fraction")
 OPEN_FRACTIONS = ("optimizer.b1", "optimizer.b2", "data.validation_fraction")
 CHOICES = {
@@ -270,6 +296,7 @@ CHOICES = {
     "gemm": GEMMS,
     "model.remat": REMATERIALIZATIONS,
     "model.dtype": ACTIVATION_DTYPES,
+    "on_nonfinite": ON_NONFINITE,
 }
 
 
@@ -284,6 +311,7 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"{key}={flat[key]}: must be 0 or more")
     if config.seed >= 2**31:
         raise ConfigError(f"seed={config.seed}: must be below 2^31")
+    _check_keep_every(config.checkpoint)
     for key in FRACTIONS:
         if not 0 <= flat[key] <= 1:
             raise ConfigError(f"{key}={flat[key]}: must be from 0 to 1")
@@ -293,6 +321,14 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
     for key, choices in CHOICES.items():
         if flat[key] not in choices:
             raise ConfigError(f"{key}={flat[key]!r} is unknown; accepted: {', '.join(choices)}")
+
+
+def _check_keep_every(checkpoint: ml_collections.ConfigDict) -> None:
+    if checkpoint.keep_every % checkpoint.every:
+        raise ConfigError(
+            f"checkpoint.keep_every={checkpoint.keep_every} is not a multiple of checkpoint.every={checkpoint.every}, "
+            f"so that few of those steps are saved; use {math.lcm(checkpoint.keep_every, checkpoint.every)}"
+        )
 
 
 def _check_model(model: ml_collections.ConfigDict) -> None:

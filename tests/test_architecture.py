@@ -38,6 +38,8 @@ LEVELS = {
     "fp4jax.policy": 3,
     "fp4jax.report": 3,
     "fp4jax.checkpoint": 4,
+    "fp4jax.checksums": 4,
+    "fp4jax.retention": 4,
     "fp4jax.models": 4,
     "fp4jax.training": 5,
     "fp4jax.evaluation": 5,
