@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `<workdir>/checkpoints/<steps done>/` that appears whole or not at all: Orbax writes beside it
 and renames. Every item in it holds the checksums of its files (Orbax would restore a flipped byte without a word): a
-checkpoint that is damaged is reported and passed over for the one before it. Parameters and optimizer state are separate items, so that an evaluation reads the parameters alone. Saving
-holds at most IN_FLIGHT_GB of copies of each at a time, since a large model's state fills the host's memory.
+checkpoint that is damaged is reported and passed over for the one before it. Parameters and optimizer state are
+separate items, so that an evaluation reads the parameters alone. Saving holds at most IN_FLIGHT_GB of copies of each at
+a time, since a large model's state fills the host's memory.
 """
 
 import os

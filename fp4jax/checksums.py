@@ -48,7 +48,9 @@ def find_damage(folder: Path) -> str | None:
         return f"{folder.name}/{MANIFEST} cannot be read"
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _problem(folder / name, *known[name]), known)
-        return next((f"{folder.name}/{name} {problem}" for name, problem in zip(known, found, strict=True) if problem), None)
+        return next(
+            (f"{folder.name}/{name} {problem}" for name, problem in zip(known, found, strict=True) if problem), None
+        )
 
 
 def with_checksums(handler: ocp.CheckpointHandler) -> ocp.CheckpointHandler:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 
 from fp4jax import models
 from fp4jax.statistics import Monitor
+from fp4jax.training.divergence import finite_or_former
 from fp4jax.training.mesh import BATCH, replicated
 from fp4jax.training.optimizer import learning_rate_schedule
 from fp4jax.training.state import ModelTemplate, Parameters, TrainState, on_mesh, state_shardings
@@ -43,7 +44,8 @@ def make_train_step(
     """Returns the jitted (state, batch) -> (state, metrics); the given state is donated.
 
     batch: tokens, targets int32[B, T] and loss_mask[B, T]. metrics: loss (mean negative log-likelihood of the real
-    tokens, nats), grad_norm (global, before clipping), learning_rate, tokens (real ones in this step).
+    tokens, nats), grad_norm (global, before clipping), learning_rate, tokens (real ones in this step); with
+    `on_nonfinite` "skip" also skipped, 1 where the update was not made because loss or grad_norm is not finite.
     """
     schedule = learning_rate_schedule(config)
 
@@ -58,14 +60,17 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
         }
+        if config.on_nonfinite == "skip":
+            (params, opt_state), metrics["skipped"] = finite_or_former(
+                loss, metrics["grad_norm"], (params, opt_state), (state.params, state.opt_state)
+            )
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = state_shardings(template, optimizer, mesh)
-    everywhere = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens"), replicated(mesh))
     jitted = jax.jit(
         train_step,
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
-        out_shardings=(shardings, everywhere),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
     return on_mesh(jitted, mesh)

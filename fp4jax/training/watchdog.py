@@ -1,4 +1,4 @@
-"""A run that hangs ends itself: in a collective that another process never enters, in a driver, in a dead file system."""
+"""A run that hangs ends itself: in a collective that another process never enters, a driver, a dead file system."""
 
 import os
 import sys
