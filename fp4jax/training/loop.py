@@ -317,9 +317,13 @@ class _Loop:
         """Reads a step's metrics, which waits for it; once, they are judged."""
         if running.values is None:
             running.values = {name: float(value) for name, value in jax.device_get(running.metrics).items()}
-            saved = self.checkpointer.latest_step
-            self.incidents.judge(running.step, running.batch, running.values, saved)
+            self.incidents.judge(running.step, running.batch, running.values, self._saved)
         return running.values
+
+    def _saved(self) -> int | None:
+        """Steps of the newest checkpoint, when the save that is being written has come to its end."""
+        self._check_saves(self.static.config.steps, self.checkpointer.wait)
+        return self.checkpointer.latest_step()
 
     def _report(self, running: _Running, bar: ProgressBar, result: EvaluationResult | None = None) -> None:
         config, step = self.static.config, running.step
