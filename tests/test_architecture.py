@@ -19,6 +19,8 @@ from fp4jax import recipes
 LEAF = -1
 LEVELS = {
     "fp4jax.data": LEAF,
+    "fp4jax.data.prepare": LEAF,
+    "fp4jax.data.tokenizer": LEAF,
     "fp4jax.config": LEAF,
     "configs": LEAF,
     "fp4jax.numerics": 0,
@@ -55,6 +57,8 @@ LEVELS = {
 # Rooms that may import only these of ours, whatever the levels say.
 ONLY_IMPORTS = {
     "fp4jax.data": {"fp4jax.data"},
+    "fp4jax.data.prepare": {"fp4jax.data", "fp4jax.data.prepare", "fp4jax.config"},
+    "fp4jax.data.tokenizer": {"fp4jax.data", "fp4jax.config"},
     "fp4jax.config": {"fp4jax.config"},
     "configs": {"configs", "fp4jax.config"},
     "pallas_kernels": {"pallas_kernels", "fp4jax.numerics"},

@@ -1,59 +1,59 @@
 """Training data: from shards of documents to batches of tokens that resume exactly. Nothing here needs a device.
 
-In the order in which data flows; each module explains itself first.
+The table of contents, in the order in which data flows; each module explains itself first. A name is loaded when it is
+first used: a process that only tokenizes does not load what only reads batches.
 """
 
-# What a user's mistake raises, wherever it is met: one line, a ValueError.
-from fp4jax.data.errors import DataError
+import importlib
 
-# shards: which files a `source` names ("embedded", a folder, a glob), and their lines. A truncated shard is an error.
-from fp4jax.data.shards import find_shards
+# Public name → the module that defines it.
+_DEFINED_IN = {
+    # What a user's mistake raises, wherever it is met: one line, a ValueError.
+    "DataError": "fp4jax.data.errors",
+    # Which files a `source` names ("embedded", a folder, a glob). A truncated shard is an error.
+    "find_shards": "fp4jax.data.shards",
+    # The texts in the lines, the count of lines without one, and the split by document.
+    "BadLines": "fp4jax.data.documents",
+    "Document": "fp4jax.data.documents",
+    "read_documents": "fp4jax.data.documents",
+    "split_of": "fp4jax.data.documents",
+    # "embedded", "qwen3", "smollm2-135m", the path of a tokenizer.json or .gguf file, or a name on the hub.
+    "Tokenizer": "fp4jax.data.tokenizers",
+    "load_tokenizer": "fp4jax.data.tokenizers",
+    # Documents' tokens → one stream → rows of seq_len + 1 tokens, and which document each of them belongs to.
+    "PackedRows": "fp4jax.data.packing",
+    "document_segments": "fp4jax.data.packing",
+    # The tokenized corpus as files, written once, mapped into memory afterwards (folder: FP4JAX_CACHE).
+    "cache_folder": "fp4jax.data.cache",
+    "TokenizedCorpus": "fp4jax.data.corpus",
+    # The shards of `python -m fp4jax.data.prepare` (fp4jax/data/prepare/): a corpus tokenized beforehand, of any size.
+    "PreparedSet": "fp4jax.data.prepared",
+    # Documents, tokens, rows, unigram entropy.
+    "DatasetStats": "fp4jax.data.statistics",
+    "unigram_entropy": "fp4jax.data.statistics",
+    # A pretrained model's file, with the tokenizer inside it.
+    "GGUFFile": "fp4jax.data.gguf",
+    "find_gguf": "fp4jax.data.gguf",
+    # Rows of validation text for measurements on a model, in a fixed order.
+    "HeldOutText": "fp4jax.data.held_out",
+    "held_out_text": "fp4jax.data.held_out",
+    # The whole way: `open_dataset(config.data, seq_len=..., batch_size=..., seed=...).batches()`.
+    "Batch": "fp4jax.data.pipeline",
+    "BatchIterator": "fp4jax.data.pipeline",
+    "Dataset": "fp4jax.data.pipeline",
+    "open_dataset": "fp4jax.data.pipeline",
+}
 
-# documents: the texts in the lines, the count of lines without one, and the split by document.
-from fp4jax.data.documents import BadLines, Document, read_documents, split_of
+__all__ = list(_DEFINED_IN)
 
-# tokenizers: "embedded", "qwen3", "smollm2-135m", or the path of a tokenizer.json or .gguf file.
-from fp4jax.data.tokenizers import Tokenizer, load_tokenizer
 
-# packing: documents' tokens → one stream → rows of seq_len + 1 tokens.
-from fp4jax.data.packing import PackedRows
+def __getattr__(name: str):
+    if name in _DEFINED_IN:
+        value = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fp4jax.data' has no attribute '{name}'")
 
-# corpus, cache: the tokenized corpus as files, written once, mapped into memory afterwards (folder: FP4JAX_CACHE).
-from fp4jax.data.cache import cache_folder
-from fp4jax.data.corpus import TokenizedCorpus
 
-# statistics: documents, tokens, rows, unigram entropy.
-from fp4jax.data.statistics import DatasetStats, unigram_entropy
-
-# gguf: a pretrained model's file, with the tokenizer inside it.
-from fp4jax.data.gguf import GGUFFile, find_gguf
-
-# held_out: rows of validation text for measurements on a model, in a fixed order.
-from fp4jax.data.held_out import HeldOutText, held_out_text
-
-# pipeline: the whole way. `open_dataset(config.data, seq_len=..., batch_size=..., seed=...).batches()`.
-from fp4jax.data.pipeline import Batch, BatchIterator, Dataset, open_dataset
-
-__all__ = [
-    "BadLines",
-    "Batch",
-    "BatchIterator",
-    "DataError",
-    "Dataset",
-    "DatasetStats",
-    "Document",
-    "GGUFFile",
-    "HeldOutText",
-    "PackedRows",
-    "TokenizedCorpus",
-    "Tokenizer",
-    "cache_folder",
-    "find_gguf",
-    "find_shards",
-    "held_out_text",
-    "load_tokenizer",
-    "open_dataset",
-    "read_documents",
-    "split_of",
-    "unigram_entropy",
-]
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,13 +14,13 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 from jaxtyping import UInt
 
-from fp4jax.data.documents import SPLITS, BadLines, Document, read_documents, split_of
+from fp4jax.data.documents import SPLITS, BadLines, in_chunks, read_documents, split_of
 from fp4jax.data.packing import concatenate, token_dtype
 from fp4jax.data.statistics import unigram_entropy
 from fp4jax.data.tokenizers import Tokenizer
@@ -138,7 +138,7 @@ def write_corpus(
     writers = {split: _SplitWriter(_token_file(folder, split), tokenizer) for split in SPLITS}
     try:
         progress = _Progress(len(shards))
-        for chunk in _chunks(read_documents(shards, text_key, bad_lines)):
+        for chunk in in_chunks(read_documents(shards, text_key, bad_lines), CHUNK_CHARACTERS):
             encoded = tokenizer.encode_batch([document.text for document in chunk])
             sides = [split_of(document.text, validation_fraction) for document in chunk]
             for split, writer in writers.items():
@@ -154,19 +154,6 @@ def write_corpus(
         "first_bad_line": bad_lines.first,
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Groups documents until a group holds CHUNK_CHARACTERS of text."""
-    chunk, characters = [], 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text)
-        if characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
 
 
 class _Progress:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fp4jax.data.errors import DataError
 from fp4jax.data.shards import read_lines
@@ -62,8 +62,8 @@ class BadLines:
         if self.bad > self.max_fraction * self.lines:
             raise DataError(
                 f"{self.bad:,} of {self.lines:,} lines hold no document, more than "
-                f"data.max_bad_fraction={self.max_fraction:g} allows; "
-                f"the first is {self.first}; mend the shards, set data.text_key, or raise data.max_bad_fraction"
+                f"max_bad_fraction={self.max_fraction:g} allows; "
+                f"the first is {self.first}; mend the shards, set text_key, or raise max_bad_fraction"
             )
 
     def describe(self) -> str:
@@ -86,16 +86,34 @@ def read_documents(shards: Sequence[pathlib.Path], text_key: str, bad: BadLines)
       DataError: a shard cannot be read to its end, or too many lines are bad.
     """
     for shard in shards:
-        for number, line in enumerate(read_lines(shard), start=1):
-            if not line.strip():
-                continue
-            bad.lines += 1
-            text, reason = _parse(line, text_key)
-            if text is None:
-                bad.add(shard, number, reason)
-            else:
-                yield Document(text, shard, number)
+        yield from documents_in(shard, text_key, bad)
     bad.check()
+
+
+def documents_in(shard: pathlib.Path, text_key: str, bad: BadLines) -> Iterator[Document]:
+    """Yields the documents of one shard, as `read_documents`; the few bad lines of a short shard are not judged."""
+    for number, line in enumerate(read_lines(shard), start=1):
+        if not line.strip():
+            continue
+        bad.lines += 1
+        text, reason = _parse(line, text_key)
+        if text is None:
+            bad.add(shard, number, reason)
+        else:
+            yield Document(text, shard, number)
+
+
+def in_chunks(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Groups documents until a group holds so many characters of text."""
+    chunk, gathered = [], 0
+    for document in documents:
+        chunk.append(document)
+        gathered += len(document.text)
+        if gathered >= characters:
+            yield chunk
+            chunk, gathered = [], 0
+    if chunk:
+        yield chunk
 
 
 def _parse(line: bytes, text_key: str) -> tuple[str | None, str]:
@@ -108,7 +126,16 @@ def _parse(line: bytes, text_key: str) -> tuple[str | None, str]:
         return None, "not JSON"
     if not isinstance(parsed, dict):
         return None, "not a JSON object"
-    text = parsed.get(text_key)
+    return check_text(parsed.get(text_key), text_key)
+
+
+def check_text(text: object, text_key: str) -> tuple[str | None, str]:
+    """Returns a record's text, or None and why it is none; bytes are taken for UTF-8."""
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError:
+            return None, "not UTF-8"
     if not isinstance(text, str):
         return None, f"no string {text_key!r}"
     if not text:
@@ -128,5 +155,10 @@ def split_of(text: str, validation_fraction: float) -> str:
     and copies of one text are never on both sides. The text's 64-bit BLAKE2b hash (RFC 7693) is a uniform draw that
     is compared with the fraction.
     """
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return split_of_utf8(text.encode("utf-8"), validation_fraction)
+
+
+def split_of_utf8(utf8: bytes, validation_fraction: float) -> str:
+    """`split_of` for a text that is in UTF-8 already."""
+    digest = hashlib.blake2b(utf8, digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2.0**64 else "train"

@@ -12,9 +12,10 @@ Because rows are cut from the stream when they are read, one tokenized corpus se
 """
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Shaped, UInt
+from jaxtyping import Int32, Integer, Shaped, UInt
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -22,7 +23,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def concatenate(documents: Sequence[Sequence[int]], end_of_text: int, dtype: np.dtype) -> UInt[np.ndarray, " tokens"]:
+def concatenate(
+    documents: Sequence[Sequence[int] | UInt[np.ndarray, " _"]], end_of_text: int, dtype: np.dtype
+) -> UInt[np.ndarray, " tokens"]:
     """Joins documents' token ids, with `end_of_text` after every document: len = sum(len(document) + 1)."""
     ends = np.cumsum([len(document) + 1 for document in documents], dtype=np.int64)
     stream = np.empty(ends[-1] if len(ends) else 0, dtype)
@@ -32,10 +35,37 @@ def concatenate(documents: Sequence[Sequence[int]], end_of_text: int, dtype: np.
     return stream
 
 
-class PackedRows:
-    """The rows of a token stream, by index: a random-access source for Grain over a (memory-mapped) stream."""
+@runtime_checkable
+class TokenStream(Protocol):
+    """What rows are cut from: an array, or anything of known length that gives the arrays of its slices."""
 
-    def __init__(self, stream: Shaped[np.ndarray, " tokens"], seq_len: int):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, tokens: slice) -> Shaped[np.ndarray, " tokens"]: ...
+
+
+def document_segments(
+    inputs: Integer[np.ndarray, " T"], end_of_text: int
+) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"]]:
+    """For every input of a row the document its target belongs to, counted from 0, and its position in that document.
+
+        inputs       a a # b b # c        targets      a # b b # c c
+        segments     0 0 1 1 1 2 2        positions    0 1 0 1 2 0 1
+
+    So the end-of-text token before a document stands at its beginning, and with attention kept inside a segment no
+    target is predicted from another document. A document that a row begins in the middle of has position 0 there.
+    """
+    starts = inputs == end_of_text
+    starts[0] = False
+    segments = np.cumsum(starts, dtype=np.int32)
+    indices = np.arange(len(inputs), dtype=np.int32)
+    return segments, indices - np.maximum.accumulate(np.where(starts, indices, 0)).astype(np.int32)
+
+
+class PackedRows:
+    """The rows of a token stream, by index: a random-access source for Grain over a stream on disk."""
+
+    def __init__(self, stream: TokenStream, seq_len: int):
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
         self._stream = stream

@@ -1,14 +1,15 @@
 """The pipeline: from `config.data` to batches.
 
-    shards → documents → tokens (cached) → rows → Grain: permute every epoch, take this process's rows, batch, read
-    ahead
+    sources → token streams → rows → Grain: permute every epoch, mix, take this process's rows, batch, read ahead
 
 Global batch b holds the rows b*B to (b+1)*B - 1 of one endless sequence of permuted epochs; process p of P reads the
 p-th of P equal blocks of them. So the sequence of global batches depends on the corpus, the tokenizer, seq_len,
 batch_size and the seed, never on how many processes read it, and one integer is the whole position: a run resumes bit
-for bit on any number of processes.
+for bit on any number of processes. Of several sources every one has epochs of its own, and the sequence takes rows
+from them by their weights, evenly spread.
 """
 
+import hashlib
 import os
 from typing import Any
 
@@ -17,14 +18,12 @@ import ml_collections
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from fp4jax.data.cache import tokenized_corpus
-from fp4jax.data.corpus import SplitFacts
 from fp4jax.data.documents import SPLITS
 from fp4jax.data.errors import DataError
-from fp4jax.data.packing import PackedRows
-from fp4jax.data.shards import find_shards
+from fp4jax.data.packing import PackedRows, document_segments
+from fp4jax.data.sources import Source, open_sources
 from fp4jax.data.statistics import DatasetStats
-from fp4jax.data.tokenizers import load_tokenizer
+from fp4jax.data.tokenizers import Tokenizer, load_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
 
@@ -42,10 +41,10 @@ def open_dataset(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Dataset":
-    """Opens one split of a corpus; tokenizes the corpus if the cache does not hold it yet.
+    """Opens one split of a corpus or of several; tokenizes text that the cache does not hold yet.
 
     Args:
-      data_config: `config.data`: source, tokenizer, validation_fraction, text_key, max_bad_fraction, prefetch.
+      data_config: `config.data`.
       seq_len: tokens in a row, T.
       batch_size: rows in a global batch, B, over all processes.
       seed: decides the order of the training rows; the validation rows have one order whatever it is.
@@ -58,37 +57,49 @@ def open_dataset(
         what to do.
     """
     _check_settings(data_config, seq_len, batch_size, seed, split, process_index, process_count)
-    shards = find_shards(data_config.source)
     tokenizer = load_tokenizer(data_config.tokenizer)
-    corpus = tokenized_corpus(
-        shards,
-        tokenizer,
-        text_key=data_config.text_key,
-        validation_fraction=float(data_config.validation_fraction),
-        max_bad_fraction=float(data_config.max_bad_fraction),
-    )
-    facts = corpus.splits[split]
-    rows = PackedRows(corpus.stream(split), seq_len)
-    if not len(rows):
-        raise _too_small(data_config, split, facts, seq_len)
-    stats = DatasetStats(
-        source=str(data_config.source),
+    sources = open_sources(data_config, tokenizer, split)
+    rows = tuple(PackedRows(source.split.stream, seq_len) for source in sources)
+    for source, own_rows in zip(sources, rows, strict=True):
+        if not len(own_rows):
+            raise _too_small(data_config, split, source, seq_len)
+    stats = _stats(str(data_config.source), split, tokenizer, sources, rows)
+    # What decides the sequence of global batches: a saved position means nothing in another sequence.
+    sequence = {"split": split, "corpus": _digest(sources), "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+    return Dataset(rows, sources, stats, sequence, (process_index, process_count), data_config)
+
+
+def _stats(
+    name: str, split: str, tokenizer: Tokenizer, sources: tuple[Source, ...], rows: tuple[PackedRows, ...]
+) -> DatasetStats:
+    bad = [source.bad_lines for source in sources]
+    count = sum(map(len, rows))
+    shares = [
+        source.weight if split == "train" else len(own) / count for source, own in zip(sources, rows, strict=True)
+    ]
+    entropies = [source.split.unigram_entropy for source in sources]
+    return DatasetStats(
+        source=name,
         split=split,
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text,
-        shards=len(shards),
-        documents=facts.documents,
-        tokens=facts.tokens,
-        rows=len(rows),
-        tokens_left_out=rows.tokens_left_out,
-        bad_lines=corpus.bad_lines.bad,
-        bad_lines_report=corpus.bad_lines.describe(),
-        unigram_entropy=facts.unigram_entropy,
+        shards=sum(source.shards for source in sources),
+        documents=sum(source.split.documents for source in sources),
+        tokens=sum(source.split.tokens for source in sources),
+        rows=count,
+        tokens_left_out=sum(own.tokens_left_out for own in rows),
+        bad_lines=sum(own.bad for own in bad),
+        bad_lines_report="; ".join(own.describe() for own in bad if own.bad) or bad[0].describe(),
+        unigram_entropy=sum(share * entropy for share, entropy in zip(shares, entropies, strict=True)),
     )
-    # What decides the sequence of global batches: a saved position means nothing in another sequence.
-    sequence = {"split": split, "corpus": facts.digest[:32], "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-    return Dataset(rows, stats, sequence, (process_index, process_count), data_config.prefetch)
+
+
+def _digest(sources: tuple[Source, ...]) -> str:
+    if len(sources) == 1:
+        return sources[0].split.digest[:32]
+    mixture = [(source.split.digest, source.weight) for source in sources]
+    return hashlib.blake2b(repr(mixture).encode(), digest_size=16).hexdigest()
 
 
 class Dataset:
@@ -99,22 +110,29 @@ class Dataset:
     """
 
     def __init__(
-        self, rows: PackedRows, stats: DatasetStats, sequence: dict[str, Any], process: tuple[int, int], prefetch: int
+        self,
+        rows: tuple[PackedRows, ...],
+        sources: tuple[Source, ...],
+        stats: DatasetStats,
+        sequence: dict[str, Any],
+        process: tuple[int, int],
+        data_config: ml_collections.ConfigDict,
     ):
         self.stats = stats
-        self._rows = rows
+        self._rows, self._sources = rows, sources
         self._sequence = sequence
         self._process_index, self._process_count = process
-        self._prefetch = prefetch
+        self._prefetch, self._document_mask = data_config.prefetch, data_config.document_mask
 
     def batches(self, start_position: dict[str, Any] | None = None) -> "BatchIterator":
         """Iterates over this process's part of the global batches.
 
         A batch is a dict of arrays of B / process_count rows: `tokens` and `targets` int32 [B, T], and `loss_mask`
-        float32 [B, T], 1 where the target is real. Training never ends: each epoch is a new permutation of all rows,
+        float32 [B, T], 1 where the target is real; with `data.document_mask` also `segment_ids` and `positions` int32
+        [B, T], see `packing.document_segments`. Training never ends: each epoch is a new permutation of all rows,
         and a batch may span two epochs, so every row is read once in each. Validation is one pass in a fixed shuffled
         order, so that a few batches are a fair sample of it; its last batch is filled up with rows of token 0 whose
-        mask is 0.
+        mask is 0. The validation data of several sources are all of theirs, whatever the weights.
 
         Args:
           start_position: an iterator's `get_state()`, to go on where it was.
@@ -138,12 +156,16 @@ class Dataset:
     def describe(self, total_tokens_of_run: int) -> list[str]:
         """Lines for the top of a log: what is read, and how often a run of `total_tokens_of_run` tokens repeats it."""
         stats, seq_len = self.stats, self._sequence["seq_len"]
-        epochs = total_tokens_of_run / (stats.rows * seq_len)
+        shares = [source.weight * total_tokens_of_run / (len(rows) * seq_len) for source, rows in self._sets()]
+        times = ", ".join(
+            f"{source.name} {times:.2f} times over" for (source, _), times in zip(self._sets(), shares, strict=True)
+        )
         lines = [
             f"{stats.split} data: {stats.source}, {stats.shards:,} shards, {stats.documents:,} documents, "
             f"{stats.tokens:,} tokens (tokenizer {stats.tokenizer}, {stats.vocab_size:,} entries), "
             f"{stats.rows:,} rows of {seq_len:,}",
-            f"the run reads {total_tokens_of_run:,} tokens: this data {epochs:.2f} times over",
+            f"the run reads {total_tokens_of_run:,} tokens: "
+            f"{times if len(shares) > 1 else f'this data {shares[0]:.2f} times over'}",
             f"unigram entropy {stats.unigram_entropy:.3f} nats a token: a loss below it was learned from context",
         ]
         return [*lines, stats.bad_lines_report] if stats.bad_lines else lines
@@ -152,11 +174,7 @@ class Dataset:
         batch_size, train = self._sequence["batch_size"], self.stats.split == "train"
         local_batch_size = batch_size // self._process_count
         offset = self._process_index * local_batch_size
-        # Grain adds the epoch's number to its seed; hashed, seed 1 does not begin with the second epoch of seed 0.
-        grain_seed = np.random.SeedSequence(self._sequence["seed"] if train else 0).generate_state(1)[0]
-        rows = grain.MapDataset.source(self._rows).shuffle(seed=int(grain_seed))
-        if train:
-            rows = rows.repeat()
+        rows = self._endless_rows() if train else self._validation_rows()
         batch_count = ENDLESS if train else -(-len(rows) // batch_size)
         padding = np.zeros(self._sequence["seq_len"] + 1, np.int32)
 
@@ -165,9 +183,30 @@ class Dataset:
             index = batch * batch_size + offset + index_in_batch
             real = index < len(rows)
             row = rows[index] if real else padding
-            return {"tokens": row[:-1], "targets": row[1:], "loss_mask": np.full(len(row) - 1, real, np.float32)}
+            arrays = {"tokens": row[:-1], "targets": row[1:], "loss_mask": np.full(len(row) - 1, real, np.float32)}
+            if self._document_mask:
+                arrays["segment_ids"], arrays["positions"] = document_segments(row[:-1], self.stats.end_of_text)
+            return arrays
 
         return grain.MapDataset.range(batch_count * local_batch_size).map(example).batch(local_batch_size)
+
+    def _sets(self) -> list[tuple[Source, PackedRows]]:
+        return list(zip(self._sources, self._rows, strict=True))
+
+    def _endless_rows(self) -> grain.MapDataset:
+        # Grain adds the epoch's number to its seed; hashed, seed 1 does not begin with the second epoch of seed 0.
+        seeds = np.random.SeedSequence(self._sequence["seed"]).generate_state(len(self._rows))
+        sets = [
+            grain.MapDataset.source(rows).shuffle(seed=int(seed)).repeat()
+            for rows, seed in zip(self._rows, seeds, strict=True)
+        ]
+        return sets[0] if len(sets) == 1 else grain.MapDataset.mix(sets, [source.weight for source in self._sources])
+
+    def _validation_rows(self) -> grain.MapDataset:
+        seed = np.random.SeedSequence(0).generate_state(1)[0]
+        return grain.MapDataset.concatenate([grain.MapDataset.source(rows) for rows in self._rows]).shuffle(
+            seed=int(seed)
+        )
 
 
 class BatchIterator:
@@ -218,13 +257,13 @@ class BatchIterator:
         self._iterator.close()
 
 
-def _too_small(data_config: ml_collections.ConfigDict, split: str, facts: SplitFacts, seq_len: int) -> DataError:
+def _too_small(data_config: ml_collections.ConfigDict, split: str, source: Source, seq_len: int) -> DataError:
     remedy = "give more text or a smaller seq_len"
     if split == "validation":
         remedy = f"raise data.validation_fraction={data_config.validation_fraction:g}, {remedy}"
     return DataError(
-        f"the {split} split of {str(data_config.source)!r} holds {facts.tokens:,} tokens "
-        f"in {facts.documents:,} documents, fewer than the {seq_len + 1:,} of one row; {remedy}"
+        f"the {split} split of {source.name!r} holds {source.split.tokens:,} tokens "
+        f"in {source.split.documents:,} documents, fewer than the {seq_len + 1:,} of one row; {remedy}"
     )
 
 

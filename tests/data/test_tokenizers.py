@@ -94,7 +94,7 @@ def test_not_a_tokenizer(tmp_path, content):
 
 
 def test_missing_tokenizer(tmp_path):
-    with pytest.raises(DataError, match="cannot be read .* give 'embedded', 'qwen3', 'smollm2-135m' or the path"):
+    with pytest.raises(DataError, match="cannot be read .* give 'embedded', 'qwen3', 'smollm2-135m', the path"):
         load_tokenizer(tmp_path / "nowhere.json")
     with pytest.raises(DataError, match="cannot be read"):
         load_tokenizer(tmp_path)  # a folder without one

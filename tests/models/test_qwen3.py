@@ -81,7 +81,7 @@ def test_no_logit_depends_on_a_later_token():
 
     def logits_at(position, x):
         m = nnx.merge(graphdef, state)
-        rope = models.qwen3.rotary_angles(x.shape[1], TINY.head_dim, TINY.rope_theta)
+        rope = models.qwen3.rotary_angles(jnp.arange(x.shape[1]), TINY.head_dim, TINY.rope_theta)
         for segment in m.segments:
             x = m._scan(x, rope, segment, None, None, None)
         return m.norm(x)[0, position].sum()

@@ -52,7 +52,7 @@ def _quantized(block, recipe: Recipe) -> Product:
 def _scan(model: Qwen3, tokens_BxT: Int[Array, "B T"], layer: Callable, carry: Callable):
     """Scans `layer(block, carried, rope)` over the model's layers, starting with `carry(embedded tokens)`."""
     x_BxTxD = jnp.take(model.embedding[...], tokens_BxT, axis=0).astype(jnp.float32)
-    rope = rotary_angles(tokens_BxT.shape[1], model.config.head_dim, model.config.rope_theta)
+    rope = rotary_angles(jnp.arange(tokens_BxT.shape[1]), model.config.head_dim, model.config.rope_theta)
     graphdef, state = nnx.split(model.layers)
     return lax.scan(lambda x, s: layer(nnx.merge(graphdef, s), x, rope), carry(x_BxTxD), state)
 

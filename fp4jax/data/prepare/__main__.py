@@ -1,0 +1,9 @@
+"""The command; see `fp4jax.data.prepare`."""
+
+import sys
+
+from fp4jax.data.arguments import run
+from fp4jax.data.prepare.command import main
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
