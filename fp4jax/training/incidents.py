@@ -10,7 +10,6 @@ from rich.console import Console
 
 from fp4jax.checkpoint import RERUN, StorageError
 from fp4jax.data.pipeline import Dataset
-from fp4jax.data.provenance import documents_in_batch
 from fp4jax.training.divergence import EventLog, SpikeDetector
 
 
@@ -110,7 +109,7 @@ class Incidents:
         return documents
 
     def _documents(self, batch: int) -> str:
-        return documents_in_batch(self._data, batch)
+        return self._data.documents_in_batch(batch)
 
 
 _METRICS = {
