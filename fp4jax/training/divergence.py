@@ -7,7 +7,6 @@ rollback restores a checkpoint and passes over the data from there up to the ste
 
 import collections
 import json
-import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -20,9 +19,10 @@ from jaxtyping import Array, Float32, PyTree
 
 FILE = "events.jsonl"
 
+NEAR = 10
 WINDOW = 100
 LEAST = 20
-"""Losses before one can be called a spike."""
+"""Steps that a loss is compared with, see `SpikeDetector`, and those that there must have been."""
 
 
 def finite_or_former(
@@ -47,23 +47,27 @@ def finite_or_former(
 class SpikeDetector:
     """Says which losses stand out from the ones before them.
 
-    The spread is the median absolute deviation, scaled to a normal distribution's standard deviation: spikes among the
-    last losses do not hide the next one. deviations: how far above their median (0: nothing is a spike).
+    A loss is compared with the median of the last NEAR, which follows the curve's fall, and its distance from it with
+    the last WINDOW such distances: their median absolute deviation, scaled to a normal distribution's standard
+    deviation, which the spikes among them do not widen. deviations: how many of these make a spike (0: nothing is one).
     """
 
     def __init__(self, deviations: float):
         self._deviations = deviations
-        self._losses = collections.deque(maxlen=WINDOW)
+        self._losses = collections.deque(maxlen=NEAR)
+        self._distances = collections.deque(maxlen=WINDOW)
 
     def is_spike(self, loss: float) -> bool:
-        """Takes the next loss. The median of a falling curve lags above it, so only a real rise stands out."""
-        losses, spike = self._losses, False
-        if self._deviations and len(losses) >= LEAST:
-            middle = statistics.median(losses)
-            spread = 1.4826 * statistics.median(abs(value - middle) for value in losses)
-            spike = loss - middle > self._deviations * max(spread, 1e-6 * abs(middle))
-        if math.isfinite(loss):
-            losses.append(loss)
+        """Takes the next loss, which is finite."""
+        spike = False
+        if self._losses:
+            middle = statistics.median(self._losses)
+            distance, usual = loss - middle, statistics.median(self._distances or [0.0])
+            if self._deviations and len(self._distances) >= LEAST:
+                spread = 1.4826 * statistics.median(abs(value - usual) for value in self._distances)
+                spike = distance - usual > self._deviations * max(spread, 1e-6 * abs(middle))
+            self._distances.append(distance)
+        self._losses.append(loss)
         return spike
 
 

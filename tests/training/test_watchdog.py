@@ -28,7 +28,7 @@ def test_beats_and_a_timeout_of_zero_keep_it_quiet(exits):
         for _ in range(20):
             time.sleep(0.1)
             watchdog.beat("a step")
-    with Watchdog(0):
+    with Watchdog(0.0):
         time.sleep(0.1)
     time.sleep(1.6)  # a watchdog that was left does not bark
     assert exits == []
