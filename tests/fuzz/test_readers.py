@@ -86,7 +86,7 @@ def test_documents_are_texts_and_every_other_line_is_counted(tmp_path, content):
 
 
 @fuzz
-@given(st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode()))
+@given(st.binary(max_size=300) | OBJECTS)
 def test_tokenizer_files_give_one_error(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
