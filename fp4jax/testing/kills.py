@@ -24,7 +24,8 @@ from fp4jax.testing.victim import Kill
 from fp4jax.training.divergence import read_events
 from fp4jax.training.metrics import read_metrics
 
-LIFE_SECONDS = 300.0
+LIFE_SECONDS = 1800.0
+"""A life that takes longer is taken for one that hangs; on a busy machine most of it is waiting."""
 DETERMINISTIC = ("step", "loss", "grad_norm", "learning_rate", "tokens", "validation_loss")
 
 

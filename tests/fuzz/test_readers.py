@@ -29,9 +29,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "a"]), inner, max_size=3),
     max_leaves=6,
 )
-LINES = st.lists(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()), max_size=6).map(
-    b"\n".join
-)
+OBJECTS = JSON.map(lambda value: json.dumps(value).encode())
+LINES = st.lists(st.binary(max_size=60) | OBJECTS, max_size=6).map(b"\n".join)
 
 
 def one_line(error):
