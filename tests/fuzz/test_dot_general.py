@@ -1,4 +1,4 @@
-"""`dot_general` on random shapes, dimension numbers and dtypes: lax's shape and dtype, or its one-line ValueError.
+"""`dot_general` on random shapes, dimension numbers and dtypes that lax accepts: the result has lax's shape and dtype.
 
 FP4JAX_FUZZ_EXAMPLES sets how many are tried.
 """
@@ -47,19 +47,3 @@ def test_shape_and_dtype_are_those_of_lax(product, recipe, preferred):
     expected = jax.eval_shape(lambda x, w: theirs(x, w, numbers), lhs, rhs)
     found = jax.eval_shape(lambda x, w: ours(x, w, numbers), lhs, rhs)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-
-
-NUMBERS = st.lists(st.integers(-1, 3), max_size=2).map(tuple)
-SHAPES = st.lists(st.sampled_from([0, 1, 2, 16]), max_size=3).map(tuple)
-DTYPES = st.sampled_from([*FLOATS, jnp.int32, jnp.bool_, jnp.uint8])
-
-
-@fuzz
-@given(SHAPES, SHAPES, DTYPES, DTYPES, st.tuples(NUMBERS, NUMBERS), st.tuples(NUMBERS, NUMBERS), RECIPES)
-def test_whatever_is_given_works_or_is_refused_in_one_line(lhs, rhs, dtype, other, contracted, batch, recipe):
-    x, w = jax.ShapeDtypeStruct(lhs, dtype), jax.ShapeDtypeStruct(rhs, other)
-    call = functools.partial(dot_general, dimension_numbers=(contracted, batch), recipe=recipe, key=jax.random.key(0))
-    try:
-        jax.eval_shape(call, x, w)
-    except ValueError as error:
-        assert "\n" not in str(error)
