@@ -16,6 +16,7 @@ from fp4jax.training.command import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's configuration.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<name of the config file>.")
+ALLOW_CHANGE = flags.DEFINE_bool("allow_config_change", False, "Let a run go on with another configuration.")
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not path.is_file():
         raise ValueError(f"--config={path}: there is no such file")
-    train(CONFIG.value, WORKDIR.value or Path("runs") / path.stem)
+    train(CONFIG.value, WORKDIR.value or Path("runs") / path.stem, allow_config_change=ALLOW_CHANGE.value)
 
 
 if __name__ == "__main__":

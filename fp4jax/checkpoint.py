@@ -1,12 +1,16 @@
 """Checkpoints: parameters, optimizer state, data position and configuration, written by Orbax.
 
 A checkpoint is a folder `<workdir>/checkpoints/<steps done>/` that appears whole or not at all: Orbax writes beside it
-and renames. Parameters and optimizer state are separate items, so that an evaluation reads the parameters alone. Saving
-holds at most IN_FLIGHT_GB of copies of each at a time, since a large model's state fills the host's memory.
+and renames. Every item in it holds the checksums of its files (Orbax would restore a flipped byte without a word): a
+checkpoint that is damaged is reported and passed over for the one before it. Parameters and optimizer state are
+separate items, so that an evaluation reads the parameters alone. Saving holds at most IN_FLIGHT_GB of copies of each at
+a time, since a large model's state fills the host's memory.
 """
 
 import os
 import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,16 +21,22 @@ import ml_collections
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from fp4jax.checksums import MANIFEST, find_damage, with_checksums
 from fp4jax.config import default_config, flatten
+from fp4jax.retention import retention
 
 IN_FLIGHT_GB = 1
 """GB of each item that are copied at a time while it is written or read (more where a single array is larger)."""
 
 MAY_CHANGE = (
     *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
-    *("data.prefetch", "data.max_bad_fraction", "model.remat"),
+    *("on_nonfinite", "divergence", "watchdog", "data.prefetch", "data.max_bad_fraction", "model.remat"),
 )
 """Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
+
+ITEMS = ("params", "optimizer", "data", "config")
+DAMAGED = "damaged_checkpoints"
+"""Folder of the workdir that damaged checkpoints are moved to when their run goes on."""
 
 MAX_SHOWN = 100
 """Characters of a value that an error message shows."""
@@ -35,6 +45,11 @@ STORAGE_TROUBLE = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|Permission denied|Read-only file system|"
     r"Input/output error|Stale file handle"
 )
+
+
+RERUN = "; free space and rerun the same command to go on"
+
+_warned: set[str] = set()
 
 
 class CheckpointError(ValueError):
@@ -94,6 +109,7 @@ class Checkpointer:
     Args:
       workdir: the run's folder.
       keep: latest checkpoints kept.
+      keep_every: checkpoints of every so many steps are kept too, however old (0: none).
       asynchronous: `save` returns before the files are written.
       largest_array: bytes of the largest array that will be saved or restored.
       read_only: only restores; nothing is created or deleted.
@@ -104,39 +120,48 @@ class Checkpointer:
         workdir: Path,
         *,
         keep: int = 1,
+        keep_every: int = 0,
         asynchronous: bool = False,
         largest_array: int = 0,
         read_only: bool = False,
     ):
         self.directory = Path(workdir).absolute() / "checkpoints"
+        self._trusted: set[int] = set()
         # Orbax refuses an array that is not smaller than its limit.
         in_flight_gb = max(IN_FLIGHT_GB, largest_array // 10**9 + 1)
         arrays = [
             ocp.StandardCheckpointHandler(save_concurrent_gb=in_flight_gb, restore_concurrent_gb=in_flight_gb)
             for _ in range(2)
         ]
+        handlers = dict(zip(ITEMS, [*arrays, ocp.JsonCheckpointHandler(), ocp.JsonCheckpointHandler()], strict=True))
         options = {"read_only": True} if read_only else {"cleanup_tmp_directories": True}
         if not read_only:
-            options["preservation_policy"] = ocp.checkpoint_managers.LatestN(keep)
+            options["preservation_policy"] = retention(keep, keep_every)
         with _storage_errors(f"{self.directory} cannot be opened"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous, **options),
-                item_handlers={
-                    "params": arrays[0],
-                    "optimizer": arrays[1],
-                    "data": ocp.JsonCheckpointHandler(),
-                    "config": ocp.JsonCheckpointHandler(),
-                },
+                item_handlers={name: with_checksums(handler) for name, handler in handlers.items()},
             )
 
     def latest_step(self) -> int | None:
-        """Returns the steps done in the newest complete checkpoint; None without one."""
-        return self._manager.latest_step()
+        """Returns the steps done in the newest complete and undamaged checkpoint; None without one.
+
+        A damaged one that is newer is named on stderr.
+        """
+        for step in reversed(self.steps()):
+            if step not in self._trusted:
+                damage = _find_damage(self.directory / str(step))
+                if damage:
+                    _warn(f"checkpoint {self.directory / str(step)} is damaged ({damage}) and is passed over")
+                    continue
+                self._trusted.add(step)
+            return step
+        return None
 
     def steps(self) -> list[int]:
         """Returns the steps done of every complete checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        return _steps_in(self.directory)
 
     def save(
         self, step: int, params: PyTree, optimizer: PyTree, data_position: Mapping, config: ml_collections.ConfigDict
@@ -146,7 +171,7 @@ class Checkpointer:
         Raises:
           StorageError: this save, or the one before it that was still being written, failed.
         """
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -156,12 +181,20 @@ class Checkpointer:
         )
         with self._save_errors():
             self._manager.save(step, args=items)
+        self._trusted.add(step)
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of more than `step` steps: the run goes back and takes another way."""
+        self.wait()
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def restore(self, params: PyTree, optimizer: PyTree, *, step: int | None = None) -> tuple[PyTree, PyTree, dict]:
         """Restores a checkpoint into these shapes and shardings; returns (params, optimizer, data position).
 
         Args:
-          step: one of `steps()`; None for the newest.
+          step: one of `steps()`, as it is; None for the newest that is not damaged.
 
         Raises:
           CheckpointError: there is none, or it cannot be read.
@@ -199,6 +232,20 @@ class Checkpointer:
         with self._save_errors():
             self._manager.wait_until_finished()
 
+    def check(self) -> None:
+        """Returns at once.
+
+        Raises:
+          StorageError: a save that was being written has failed.
+        """
+        with self._save_errors():
+            self._manager.check_for_errors()
+
+    def steps_before(self, step: int) -> list[int]:
+        """Steps of the undamaged checkpoints of at most `step` steps, oldest first."""
+        self.wait()
+        return [saved for saved in self.steps() if saved <= step and not _find_damage(self.directory / str(saved))]
+
     def __enter__(self) -> "Checkpointer":
         return self
 
@@ -213,7 +260,10 @@ class Checkpointer:
             self._manager.close()
 
     def _restore(self, items: dict, step: int | None = None) -> ocp.args.Composite:
-        step = self.latest_step() if step is None else step
+        if step is None:
+            step = self.latest_step()
+        if step is None and self.steps():
+            raise CheckpointError(f"all checkpoints in {self.directory} are damaged; choose another --workdir")
         if step is None:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train with this --workdir first")
         try:
@@ -226,30 +276,39 @@ class Checkpointer:
 
     @contextmanager
     def _save_errors(self) -> Iterator[None]:
-        with _storage_errors(f"a checkpoint could not be written to {self.directory}", self._what_is_left):
-            yield
+        try:
+            with _storage_errors(f"a checkpoint could not be written to {self.directory}", self._what_is_left):
+                yield
+        except StorageError:
+            # What was written of it takes the space that the next save needs.
+            for unfinished in self.directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
     def _what_is_left(self) -> str:
-        step = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
+        step = max(self.steps(), default=None)
+        self._trusted &= set(self.steps())
         kept = "no earlier checkpoint" if step is None else f"the checkpoint of step {step} is intact"
-        return f"; {kept}; free space and rerun the same command to go on"
+        return f"; {kept}{RERUN}"
 
 
 def saved_config(workdir: Path) -> tuple[int, dict] | None:
-    """Returns (steps done, configuration) of a run's newest checkpoint; None where there is none.
+    """Returns (steps done, configuration) of a run's newest undamaged checkpoint; None where there is none at all.
 
     Raises:
-      CheckpointError: the checkpoint cannot be read.
+      CheckpointError: the checkpoint cannot be read, or all are damaged.
     """
-    if not (workdir / "checkpoints").is_dir():
+    if not _steps_in(workdir / "checkpoints"):
         return None
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        step = checkpointer.latest_step()
-        return None if step is None else (step, checkpointer.saved_config())
+        saved = checkpointer.saved_config()
+        return checkpointer.latest_step(), saved
 
 
-def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> int:
+def check_same_run(workdir: Path, config: ml_collections.ConfigDict, allow_change: bool = False) -> int:
     """Returns the steps that the run in `workdir` has done (0: none saved), if `config` may continue it.
+
+    allow_change: a configuration that computes something else may, too; the differences are named on stderr.
 
     Raises:
       CheckpointError: the checkpoint was trained with another configuration; lists the differences.
@@ -259,12 +318,45 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> int:
         return 0
     step, saved = found
     differences = config_differences(saved, config)
-    if differences:
+    if differences and not allow_change:
         raise CheckpointError(
             f"{workdir} holds step {step} of a run with another config ({'; '.join(differences)}); "
-            "choose another --workdir or the former values"
+            "choose another --workdir or the former values, or go on with these: --allow_config_change"
         )
+    if differences:
+        _warn(f"{workdir} goes on after step {step} with another config ({'; '.join(differences)})")
     return step
+
+
+def set_aside_damaged(workdir: Path, done: int) -> None:
+    """Moves the checkpoints of more than `done` steps, which are damaged, out of the way of a run that goes on."""
+    for step in _steps_in(workdir / "checkpoints"):
+        if step > done:
+            target = workdir / DAMAGED / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.rename(workdir / "checkpoints" / str(step), target)
+
+
+def _find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if nothing is known to be."""
+    if not any((checkpoint / item / MANIFEST).exists() for item in ITEMS):
+        _warn(f"checkpoint {checkpoint} has no checksums: it is of an earlier version, and is taken as it is")
+        return None
+    return next(filter(None, (find_damage(checkpoint / item) for item in ITEMS)), None)
+
+
+def _steps_in(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def _warn(message: str) -> None:
+    """One line on stderr, once: the libraries' own log is silent there."""
+    if message not in _warned:
+        _warned.add(message)
+        print(f"warning: {message}", file=sys.stderr)
 
 
 @contextmanager

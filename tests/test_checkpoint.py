@@ -18,6 +18,7 @@ from fp4jax.checkpoint import (
     config_differences,
     prepare_workdir,
     saved_config,
+    set_aside_damaged,
 )
 from fp4jax.config import default_config
 
@@ -114,6 +115,7 @@ def test_config_of_another_run_is_refused_with_every_difference(tmp_path):
             ("data.validation_fraction", True),
         ),
         *(("steps", False), ("backend", False), ("log.every", False), ("evaluation.batches", False)),
+        *(("on_nonfinite", False), ("watchdog.timeout", False), ("divergence.spike", False)),
         *(("checkpoint.keep", False), ("mesh.fsdp", False), ("data.prefetch", False), ("model.remat", False)),
     ],
 )
@@ -177,17 +179,77 @@ def test_full_disk_leaves_the_former_checkpoint(tmp_path, asynchronous):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"][-1:]
 
 
-def test_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path, position=-1):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 16
+    path.write_bytes(data)
+
+
+def test_damaged_checkpoint_is_passed_over_and_named(tmp_path, capsys):
     save(tmp_path, 1, 2, keep=2)
-    for path in (tmp_path / "checkpoints" / "2" / "params").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(b"")
-    with (
-        Checkpointer(tmp_path, read_only=True) as checkpointer,
-        pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read .*; delete that folder to go on") as caught,
-    ):
-        checkpointer.restore_params(shapes(state(2)[0]))
+    flip(largest_file(tmp_path / "checkpoints" / "2" / "optimizer"))
+    assert check_same_run(tmp_path, default_config()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoints/2 is damaged (optimizer/" in line and line.endswith("is passed over")
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        params = checkpointer.restore_params(shapes(state(1)[0]))
+    np.testing.assert_array_equal(params["layers.weight"], 1.0)
+
+    set_aside_damaged(tmp_path, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert [path.name for path in (tmp_path / "damaged_checkpoints").iterdir()] == ["2"]
+    save(tmp_path, 2, keep=2)
+    assert saved_config(tmp_path)[0] == 2
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path):
+    save(tmp_path, 1)
+    flip(largest_file(tmp_path / "checkpoints" / "1" / "params"))
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged; choose another --workdir") as caught:
+        check_same_run(tmp_path, default_config())
     assert "\n" not in str(caught.value)
+
+
+def test_no_flipped_byte_in_any_file_is_restored(tmp_path):
+    """Of everything that Orbax reads of an item; its own record of the whole checkpoint decides nothing."""
+    save(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "1"
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        data = path.read_bytes()
+        if not data or path.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+            continue
+        flip(path, len(data) // 2)
+        with pytest.raises(CheckpointError, match="damaged"):
+            saved_config(tmp_path)
+        path.write_bytes(data)
+    assert saved_config(tmp_path)[0] == 1
+
+
+def test_checkpoint_of_an_earlier_version_is_taken_with_a_warning(tmp_path, capsys):
+    save(tmp_path, 1)
+    for manifest in tmp_path.rglob("checksums.json"):
+        manifest.unlink()
+    assert saved_config(tmp_path)[0] == 1
+    assert "has no checksums" in capsys.readouterr().err
+
+
+def test_every_so_many_steps_are_kept_beside_the_latest(tmp_path):
+    save(tmp_path, *range(1, 10), keep=2, keep_every=4)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8", "9"]
+
+
+def test_another_config_may_go_on_when_allowed(tmp_path, capsys):
+    save(tmp_path, 7)
+    config = default_config()
+    config.optimizer.weight_decay = 0.5
+    with pytest.raises(CheckpointError, match="--allow_config_change"):
+        check_same_run(tmp_path, config)
+    assert check_same_run(tmp_path, config, allow_change=True) == 7
+    assert "goes on after step 7 with another config (optimizer.weight_decay 0.1 → 0.5)" in capsys.readouterr().err
 
 
 def test_workdir_that_cannot_be_written(tmp_path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fp4jax.config import ConfigError, check_overrides, default_config, flatten, mesh_shape, validate
+from fp4jax.config import ConfigError, check_overrides, default_config, flatten, mesh_shape
+from fp4jax.config_checks import validate
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -69,6 +70,14 @@ def test_defaults_are_valid_and_locked():
         ("checkpoint.every", 0, "checkpoint.every=0: must be at least 1"),
         ("checkpoint.asynchronous", 1, "checkpoint.asynchronous=1 is a int; it takes a bool"),
         ("log.every", True, "log.every=True is a bool; it takes a int"),
+        ("on_nonfinite", "ignore", "on_nonfinite='ignore' is unknown; accepted: stop, skip, rollback"),
+        ("checkpoint.keep_every", -1, "checkpoint.keep_every=-1: must be 0 or more"),
+        ("checkpoint.keep_every", 300, "checkpoint.keep_every=300 is not a multiple of checkpoint.every=200"),
+        ("divergence.rollback_steps", 0, "divergence.rollback_steps=0: must be at least 1"),
+        ("divergence.max_events", -1, "divergence.max_events=-1: must be 0 or more"),
+        ("divergence.spike", -1.0, "divergence.spike=-1.0: must be 0 or more"),
+        ("watchdog.timeout", -1.0, "watchdog.timeout=-1.0: must be 0 or more"),
+        ("watchdog.slow_step", 0.0, "watchdog.slow_step=0.0: must be greater than 0"),
         ("health.every", -1, "health.every=-1: must be 0 or more"),
         ("evaluation.batches", -1, "evaluation.batches=-1: must be 0 or more"),
     ],

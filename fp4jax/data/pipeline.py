@@ -11,6 +11,7 @@ from them by their weights, evenly spread.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -21,6 +22,7 @@ from jaxtyping import Float32, Int32
 from fp4jax.data.documents import SPLITS
 from fp4jax.data.errors import DataError
 from fp4jax.data.packing import PackedRows, document_segments
+from fp4jax.data.provenance import NumberedRows, describe_rows
 from fp4jax.data.sources import Source, open_sources
 from fp4jax.data.statistics import DatasetStats
 from fp4jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -170,11 +172,20 @@ class Dataset:
         ]
         return [*lines, stats.bad_lines_report] if stats.bad_lines else lines
 
+    def documents_in_batch(self, batch: int) -> str:
+        """Names the documents that global batch `batch` (from 0) of the training data reads, see `provenance.py`."""
+        rows = self._endless_rows([NumberedRows(index, len(rows)) for index, rows in enumerate(self._rows)])
+        size, seq_len = self._sequence["batch_size"], self._sequence["seq_len"]
+        read = [rows[index] for index in range(batch * size, (batch + 1) * size)]
+        names = [source.name for source in self._sources]
+        streams = {index: source.split.stream for index, source in enumerate(self._sources)}
+        return describe_rows(read, names, streams, seq_len, self.stats.end_of_text)
+
     def _grain_dataset(self) -> grain.MapDataset:
         batch_size, train = self._sequence["batch_size"], self.stats.split == "train"
         local_batch_size = batch_size // self._process_count
         offset = self._process_index * local_batch_size
-        rows = self._endless_rows() if train else self._validation_rows()
+        rows = self._endless_rows(self._rows) if train else self._validation_rows()
         batch_count = ENDLESS if train else -(-len(rows) // batch_size)
         padding = np.zeros(self._sequence["seq_len"] + 1, np.int32)
 
@@ -193,12 +204,12 @@ class Dataset:
     def _sets(self) -> list[tuple[Source, PackedRows]]:
         return list(zip(self._sources, self._rows, strict=True))
 
-    def _endless_rows(self) -> grain.MapDataset:
+    def _endless_rows(self, sources: Sequence[PackedRows | NumberedRows]) -> grain.MapDataset:
         # Grain adds the epoch's number to its seed; hashed, seed 1 does not begin with the second epoch of seed 0.
-        seeds = np.random.SeedSequence(self._sequence["seed"]).generate_state(len(self._rows))
+        seeds = np.random.SeedSequence(self._sequence["seed"]).generate_state(len(sources))
         sets = [
             grain.MapDataset.source(rows).shuffle(seed=int(seed)).repeat()
-            for rows, seed in zip(self._rows, seeds, strict=True)
+            for rows, seed in zip(sources, seeds, strict=True)
         ]
         return sets[0] if len(sets) == 1 else grain.MapDataset.mix(sets, [source.weight for source in self._sources])
 

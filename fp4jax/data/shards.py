@@ -40,6 +40,8 @@ def find_shards(source: str | os.PathLike, suffixes: tuple[str, ...] = SUFFIXES)
     """
     if str(source) == "embedded":
         return _shards_in(EMBEDDED_FOLDER, suffixes)
+    if "\0" in str(source):
+        raise DataError(f"data source {str(source)!r} holds a null byte, which no file's name can; give another")
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return _shards_in(path, suffixes)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from fp4jax.config import check_overrides
+from fp4jax.training.preemption import Preempted
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error and the libraries' own log.")
 
@@ -32,6 +33,9 @@ def run(main: Callable[[], None], arguments: Sequence[str] = sys.argv) -> int:
     except KeyboardInterrupt:
         print("interrupted; rerun the same command to go on from the last checkpoint", file=sys.stderr)
         return 130
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
         if debug:
             raise

@@ -1,7 +1,8 @@
 """The training run: data, state, steps, validation, checkpoints. Rerunning it in the same workdir continues it.
 
-While step t runs on the device the host reads the metrics of step t-1, so the device never waits for a log line. Before
-a state is saved its own step's metrics are read: a state whose loss was not finite is never written.
+What may go wrong in it has files of its own: `preemption.py`, `incidents.py`, `watchdog.py`. While step t runs on the
+device the host reads the metrics of step t-1, so the device never waits for a log line. Before a state is saved its own
+step's metrics are read: a state whose loss was not finite is never written.
 """
 
 import contextlib
@@ -19,45 +20,59 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from fp4jax import models
-from fp4jax.checkpoint import Checkpointer, check_same_run, check_space, prepare_workdir
-from fp4jax.config import validate
+from fp4jax.checkpoint import (
+    Checkpointer,
+    StorageError,
+    check_same_run,
+    check_space,
+    prepare_workdir,
+    set_aside_damaged,
+)
+from fp4jax.config_checks import validate
 from fp4jax.data.pipeline import BatchIterator, Dataset, open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.console import ProgressBar, make_console, start_table
 from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
 from fp4jax.training.health import HealthMonitor
+from fp4jax.training.incidents import Incidents, NonFiniteLossError
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.optimizer import make_optimizer
+from fp4jax.training.preemption import Preempted, StopRequest, listening
 from fp4jax.training.schedule import ByPhase, Phase, phase_at, phases, settle
 from fp4jax.training.state import ModelTemplate, TrainState, create_state, model_template, sharded_abstract_state
 from fp4jax.training.step import Metrics, make_loss_step, make_train_step
+from fp4jax.training.timing import TimeAccount
+from fp4jax.training.watchdog import Watchdog
 
 STEPS_BEFORE_MEASURED_ESTIMATE = 3
 
 
-class NonFiniteLossError(ValueError):
-    """The loss or the gradient of a step is not finite; names the step."""
-
-
-def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Console | None = None) -> None:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    console: Console | None = None,
+    allow_config_change: bool = False,
+) -> None:
     """Trains to `config.steps`, from the workdir's newest checkpoint if it has one.
 
-    Writes `checkpoints/`, `metrics.jsonl`, `health.jsonl` if asked for, and `tensorboard/` in the workdir. A run that
-    is complete is left as it is.
+    Writes `checkpoints/`, `metrics.jsonl`, `events.jsonl`, `health.jsonl` if asked for, and `tensorboard/` in the
+    workdir. A run that is complete is left as it is. With `allow_config_change` a run goes on with another
+    configuration, as far as the state and the data position fit it.
 
     Raises:
       ConfigError, DataError, ValueError: a setting that cannot run, in any phase of the schedule.
       CheckpointError: the workdir belongs to a run with another configuration.
       StorageError: the workdir cannot be written, or is full.
       NonFiniteLossError: training diverged.
+      Preempted: SIGTERM or SIGINT came; the state is saved.
     """
     console = console or make_console()
     validate(config, jax.device_count())
     config = settle(config)
     workdir = prepare_workdir(workdir)
-    done = check_same_run(workdir, config)
+    done = check_same_run(workdir, config, allow_config_change)
     if done >= config.steps:
         console.print(f"{workdir} is done: {done:,} of {config.steps:,} steps. A larger --config.steps continues it.")
         return
@@ -69,11 +84,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, console: Conso
         )
     run = _prepare(config, workdir, console)
     run.describe(done)
+    if jax.process_index() == 0:
+        set_aside_damaged(workdir, done)
     with (
         Checkpointer(workdir, **run.checkpoint_options()) as checkpointer,
         MetricsWriter(workdir, done) if jax.process_index() == 0 else contextlib.nullcontext() as writer,
     ):
-        _Loop(run, checkpointer, writer).run(done)
+        incidents = Incidents(config, workdir, console, run.training_data, done)
+        _Loop(run, checkpointer, writer, incidents).run(done)
     console.print(f"done: {config.steps:,} steps, checkpoint and metrics in {workdir}")
 
 
@@ -116,7 +134,8 @@ class _Run:
         """The Checkpointer's arguments."""
         largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.target))
         settings = self.config.checkpoint
-        return {"keep": settings.keep, "asynchronous": settings.asynchronous, "largest_array": largest}
+        kept = {"keep": settings.keep, "keep_every": settings.keep_every}
+        return {**kept, "asynchronous": settings.asynchronous, "largest_array": largest}
 
 
 def _prepare(config: ml_collections.ConfigDict, workdir: Path, console: Console) -> _Run:
@@ -142,47 +161,89 @@ def _prepare(config: ml_collections.ConfigDict, workdir: Path, console: Console)
 
 
 @dataclass
+class _Running:
+    """A step that was given to the device: its batch's number, and its metrics before and after they were read."""
+
+    step: int
+    batch: int
+    metrics: Metrics
+    values: dict[str, float] | None = None
+
+
+@dataclass
 class _Loop:
     """The steps themselves."""
 
     static: _Run
     checkpointer: Checkpointer
     writer: MetricsWriter | None
+    incidents: Incidents
     timer: StepTimer = field(default_factory=StepTimer)
 
+    def __post_init__(self) -> None:
+        config = self.static.config
+        self.account = TimeAccount(config.watchdog.slow_step)
+        self.watchdog = Watchdog(config.watchdog.timeout)
+        self.programs = ByPhase(config, self._compiled)
+
     def run(self, done: int) -> None:
-        static, config = self.static, self.static.config
-        programs = ByPhase(config, self._compiled)
+        """All steps; goes back where `on_nonfinite` says so."""
+        config = self.static.config
         state, position = self._first_state(done)
-        bar = ProgressBar(static.console, config.steps, done, config.log.progress)
-        with contextlib.closing(static.training_data.batches(position)) as batches, bar:
-            running: tuple[int, Metrics] | None = None
-            for step in range(done + 1, config.steps + 1):
-                phase = phase_at(static.phases, step)
-                if step in (done + 1, phase.first):
-                    self._start_phase(phase)
-                train_step, loss_step, health = programs.at(step)
+        with ProgressBar(self.static.console, config.steps, done, config.log.progress) as bar, self.watchdog:
+            while (failure := self._run_from(done, state, position, bar)) is not None:
+                # The state that is not finite must be gone before another is restored.
+                del state
+                done, state, position = self._roll_back(failure)
+
+    def _run_from(
+        self, done: int, state: TrainState, position: dict | None, bar: ProgressBar
+    ) -> NonFiniteLossError | None:
+        """The steps after `done`; returns what is to be rolled back, None when all are done."""
+        try:
+            with contextlib.closing(self.static.training_data.batches(position)) as batches, listening() as stop:
+                self._steps(done, state, batches, bar, stop)
+        except NonFiniteLossError as error:
+            if error.final:
+                raise
+            return error.with_traceback(None)
+        return None
+
+    def _steps(self, done: int, state: TrainState, batches: BatchIterator, bar: ProgressBar, stop: StopRequest) -> None:
+        static, config = self.static, self.static.config
+        passed_over = batches.get_state()["next_batch"] - done
+        running: _Running | None = None
+        for step in range(done + 1, config.steps + 1):
+            self.watchdog.beat(f"step {step:,}")
+            phase = phase_at(static.phases, step)
+            if step in (done + 1, phase.first):
+                self._start_phase(phase)
+            train_step, loss_step, health = self.programs.at(step)
+            with self.account.spent_on("data", within_step=True):
                 batch = put_batch(next(batches), static.mesh)
-                if health.due(step):
-                    if running:
-                        self._report(*running, bar)
-                        running = None
-                    self.timer.exclude(health.measure(step, state, batch))
-                state, metrics = train_step(state, batch)
+            if health.due(step):
                 if running:
-                    self._report(*running, bar)
-                running = (step, metrics)
-                validates = step % config.evaluation.every == 0 or step == config.steps
-                saves = step % config.checkpoint.every == 0 or step == config.steps
-                if validates or saves or step == phase.last:
-                    self._wait_for_step(*running)
-                    start = time.perf_counter()
-                    result = self._validate(loss_step, state) if validates else None
-                    if saves:
-                        self._save(step, state, batches)
-                    self.timer.exclude(time.perf_counter() - start)
-                    self._report(*running, bar, result)
+                    self._report(running, bar)
                     running = None
+                self.timer.exclude(health.measure(step, state, batch))
+            state, metrics = train_step(state, batch)
+            if running:
+                self._report(running, bar)
+            running = _Running(step, step - 1 + passed_over, metrics)
+            stopping = stop.signum
+            validates = step % config.evaluation.every == 0 or step == config.steps
+            saves = step % config.checkpoint.every == 0 or step == config.steps or stopping is not None
+            if validates or saves or step == phase.last:
+                self._wait_for_step(running)
+                start = time.perf_counter()
+                result = self._validate(loss_step, state) if validates and stopping is None else None
+                if saves:
+                    self._save(step, state, batches, last=step == config.steps or stopping is not None)
+                self.timer.exclude(time.perf_counter() - start)
+                self._report(running, bar, result)
+                running = None
+            if stopping is not None:
+                raise Preempted(stopping, step)
 
     def _compiled(self, config: ml_collections.ConfigDict) -> tuple[Callable, Callable, HealthMonitor]:
         """The steps of one phase."""
@@ -203,36 +264,75 @@ class _Loop:
         if not done:
             return create_state(static.config, static.template, static.optimizer, static.mesh), None
         rest = {"step": static.target.step, "opt_state": static.target.opt_state}
-        params, rest, position = self.checkpointer.restore(static.target.params, rest)
+        params, rest, position = self.checkpointer.restore(static.target.params, rest, step=done)
         return TrainState(rest["step"], params, rest["opt_state"]), position
 
-    def _save(self, step: int, state: TrainState, batches: BatchIterator) -> None:
+    def _roll_back(self, failure: NonFiniteLossError) -> tuple[int, TrainState, dict]:
+        """Steps, state and data position to go on from: a former checkpoint's, past the data that was read since."""
+        self.watchdog.beat("a rollback")
+        latest = failure.step - self.static.config.divergence.rollback_steps
+        done = max(self.checkpointer.steps_before(latest), default=0)
+        state, position = self._first_state(done)
+        if position is None:
+            with contextlib.closing(self.static.training_data.batches()) as batches:
+                position = batches.get_state()
+        self.checkpointer.delete_after(done)
+        if self.writer:
+            self.writer.rewind(done)
+        self.incidents.rolled_back(failure, done)
+        return done, state, position | {"next_batch": failure.batch + 1}
+
+    def _save(self, step: int, state: TrainState, batches: BatchIterator, last: bool) -> None:
+        """A save that fails, this one or the one before it, does not end the run, unless it is the `last`."""
+        self.watchdog.beat(f"the checkpoint of step {step:,}")
         rest = {"step": state.step, "opt_state": state.opt_state}
-        self.checkpointer.save(step, state.params, rest, batches.get_state(), self.static.config)
+        with self.account.spent_on("checkpoint"):
+            self._check_saves(step, self.checkpointer.wait)
+            try:
+                self.checkpointer.save(step, state.params, rest, batches.get_state(), self.static.config)
+                if last:
+                    self.checkpointer.wait()
+            except StorageError as error:
+                if last:
+                    raise
+                self.incidents.save_failed(step, error)
+
+    def _check_saves(self, step: int, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except StorageError as error:
+            self.incidents.save_failed(step, error)
 
     def _validate(self, loss_step: object, state: TrainState) -> EvaluationResult:
         static = self.static
-        with contextlib.closing(static.validation_data.batches()) as batches:
-            on_devices = (put_batch(batch, static.mesh) for batch in batches)
+        with contextlib.closing(static.validation_data.batches()) as batches, self.account.spent_on("validation"):
+            on_devices = (put_batch(batch, static.mesh) for batch in map(self._beat_validation, batches))
             return evaluate(loss_step, state.params, on_devices, static.config.evaluation.batches)
 
-    def _wait_for_step(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Reads a step's metrics, which waits for it, and refuses numbers that are not finite."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            saved = self.checkpointer.latest_step()
-            raise NonFiniteLossError(
-                f"step {step}: loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g} at learning rate "
-                f"{values['learning_rate']:.3g}; stopped, {'nothing' if saved is None else f'step {saved}'} is saved; "
-                "try a smaller --config.optimizer.learning_rate or more --config.optimizer.warmup_steps"
-            )
-        return values
+    def _beat_validation[T](self, batch: T) -> T:
+        self.watchdog.beat("validation")
+        return batch
 
-    def _report(self, step: int, metrics: Metrics, bar: ProgressBar, result: EvaluationResult | None = None) -> None:
-        config = self.static.config
-        values = self._wait_for_step(step, metrics)
+    def _wait_for_step(self, running: _Running) -> dict[str, float]:
+        """Reads a step's metrics, which waits for it; once, they are judged."""
+        if running.values is None:
+            running.values = {name: float(value) for name, value in jax.device_get(running.metrics).items()}
+            self.incidents.judge(running.step, running.batch, running.values, self._saved)
+        return running.values
+
+    def _saved(self) -> int | None:
+        """Steps of the newest checkpoint, when the save that is being written has come to its end."""
+        self._check_saves(self.static.config.steps, self.checkpointer.wait)
+        return self.checkpointer.latest_step()
+
+    def _report(self, running: _Running, bar: ProgressBar, result: EvaluationResult | None = None) -> None:
+        config, step = self.static.config, running.step
+        values = dict(self._wait_for_step(running))
         values["phase"] = float(phase_at(self.static.phases, step).number)
         self.timer.step_done()
+        slow = self.account.step_done()
+        if slow:
+            self.static.console.print(f"step {step:,} took {duration(slow)}, far longer than those before it")
         seconds = self.timer.seconds_per_step
         speed = left = None
         if seconds:
@@ -242,14 +342,23 @@ class _Loop:
             values |= {"validation_loss": result.loss, "validation_perplexity": result.perplexity}
         bar.update(step, values["loss"], speed, left)
         if result or step == 1 or step % config.log.every == 0 or step == config.steps:
+            self._check_saves(step, self.checkpointer.check)
             bar.line(step, values["loss"], speed, left)
-            if self.writer:
-                self.writer.write(step, values)
+            self._write(step, values)
         if result:
             self._print_validation(step, result)
         if self.timer.measured_steps == STEPS_BEFORE_MEASURED_ESTIMATE:
             self.static.console.print(f"measured: {duration(seconds)} a step, {duration(left)} left")
             self.static.print_hint(left)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        values = values | self.incidents.counts() | self.account.take()
+        if self.writer:
+            try:
+                # JSON has no NaN: a skipped step's loss is not there.
+                self.writer.write(step, {name: value for name, value in values.items() if math.isfinite(value)})
+            except OSError as error:
+                self.incidents.log_failed(step, error)
 
     def _print_validation(self, step: int, result: EvaluationResult) -> None:
         below = self.static.training_data.stats.unigram_entropy - result.loss

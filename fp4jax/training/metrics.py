@@ -23,12 +23,20 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, start_step: int):
-        self._health = workdir / HEALTH_FILE
-        for path in (workdir / FILE, self._health):
+        self._workdir, self._health = workdir, workdir / HEALTH_FILE
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
+        for path in (self._workdir / FILE, self._health):
             _drop_after(path, start_step)
-        self._file = (workdir / FILE).open("a", encoding="utf-8")
+        self._file = (self._workdir / FILE).open("a", encoding="utf-8")
         # purge_step makes TensorBoard forget the same steps.
-        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._tensorboard = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged beyond `step`: the run goes back to it and takes another way."""
+        self.__exit__()
+        self._open(step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends {"step": step, **metrics}; on disk when this returns (TensorBoard's files follow within minutes)."""

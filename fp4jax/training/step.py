@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 
 from fp4jax import models
 from fp4jax.statistics import Monitor
+from fp4jax.training.divergence import finite_or_former
 from fp4jax.training.mesh import BATCH, replicated
 from fp4jax.training.optimizer import learning_rate_schedule
 from fp4jax.training.state import ModelTemplate, Parameters, TrainState, on_mesh, state_shardings
@@ -44,7 +45,8 @@ def make_train_step(
 
     batch: tokens, targets int32[B, T] and loss_mask[B, T]. metrics: loss (mean negative log-likelihood of the real
     tokens, nats), grad_norm (global, before clipping), learning_rate, tokens (real ones in this step); of a model with
-    routers also load_balancing_loss (mean over microbatches, without its coefficient) and `models.routing_metrics`.
+    routers also load_balancing_loss (mean over microbatches, without its coefficient) and `models.routing_metrics`;
+    with `on_nonfinite` "skip" also skipped, 1 where the update was not made because loss or grad_norm is not finite.
     """
     schedule = learning_rate_schedule(config)
 
@@ -62,6 +64,10 @@ def make_train_step(
         if routing:
             metrics["load_balancing_loss"] = routing["load_balancing_loss"] / config.microbatches
             metrics |= models.routing_metrics(routing)
+        if config.on_nonfinite == "skip":
+            (params, opt_state), metrics["skipped"] = finite_or_former(
+                loss, metrics["grad_norm"], (params, opt_state), (state.params, state.opt_state)
+            )
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = state_shardings(template, optimizer, mesh)

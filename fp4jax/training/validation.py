@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from fp4jax import models
 from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
-from fp4jax.config import default_config, validate
+from fp4jax.config import default_config
+from fp4jax.config_checks import validate
 from fp4jax.data.pipeline import open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
 from fp4jax.training.compilation import enable_compilation_cache

@@ -12,7 +12,8 @@ from rich.console import Console
 from configs import smollm2_135m
 from fp4jax import models
 from fp4jax.checkpoint import CheckpointError
-from fp4jax.config import ConfigError, validate
+from fp4jax.config import ConfigError
+from fp4jax.config_checks import validate
 from fp4jax.data import open_dataset
 from fp4jax.models.hugging_face import stored_tensors
 from fp4jax.models.pretrained import parameter_shapes

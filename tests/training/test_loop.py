@@ -46,10 +46,10 @@ def kill_at(monkeypatch, step):
     """The run dies when it would report `step`."""
     report = loop._Loop._report
 
-    def die(self, number, *arguments):
-        if number == step:
+    def die(self, running, *arguments):
+        if running.step == step:
             raise Killed
-        report(self, number, *arguments)
+        report(self, running, *arguments)
 
     monkeypatch.setattr(loop._Loop, "_report", die)
 

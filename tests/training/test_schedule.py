@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fp4jax.checkpoint import Checkpointer, CheckpointError
-from fp4jax.config import ConfigError, default_config, validate
+from fp4jax.config import ConfigError, default_config
+from fp4jax.config_checks import validate
 from fp4jax.data.pipeline import open_dataset
 from fp4jax.policy import PolicyFile
 from fp4jax.training import evaluate_workdir, loop, make_loss_step, make_mesh, make_optimizer, make_train_step

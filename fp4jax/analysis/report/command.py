@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 
 from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.sensitivity.inputs import config_file
-from fp4jax.config import ConfigError, check_overrides, flatten, validate
+from fp4jax.config import ConfigError, check_overrides, flatten
+from fp4jax.config_checks import validate
 from fp4jax.reporting import Report, report
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.mesh import BATCH, make_mesh

@@ -13,7 +13,8 @@ import numpy as np
 
 from fp4jax.analysis.sensitivity.scan import Batch
 from fp4jax.checkpoint import Checkpointer, CheckpointError, saved_config
-from fp4jax.config import MOE_MODEL, ConfigError, default_config, flatten, validate
+from fp4jax.config import MOE_MODEL, ConfigError, default_config, flatten
+from fp4jax.config_checks import validate
 from fp4jax.data.errors import DataError
 from fp4jax.data.held_out import held_out_text
 from fp4jax.data.pipeline import open_dataset

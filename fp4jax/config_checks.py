@@ -1,0 +1,165 @@
+"""What a configuration may hold: `validate` refuses what cannot run, before anything is compiled."""
+
+import math
+from collections.abc import Mapping
+
+import ml_collections
+
+from fp4jax.config import MOE_MODEL, ConfigError, check_key, default_config, flatten, mesh_shape
+
+SEQUENCE_BLOCK = 16
+"""The weight gradient's blocks run along the sequence: 16 tokens share a scale."""
+
+BACKENDS = ("auto", "xla", "pallas")
+GEMMS = ("auto", "native", "emulated")
+REMATERIALIZATIONS = ("none", "full", "linear_inputs")
+ACTIVATION_DTYPES = ("bfloat16", "float32")
+ON_NONFINITE = ("stop", "skip", "rollback")
+
+
+def validate(config: ml_collections.ConfigDict, device_count: int | None = None) -> None:
+    """Checks a whole configuration; with `device_count` also that it fits the devices.
+
+    Raises:
+      ConfigError: the first thing that cannot run, in one line.
+    """
+    _check_schema(config)
+    _check_ranges(config)
+    _check_model(config.model)
+    if config.seq_len % SEQUENCE_BLOCK:
+        below = config.seq_len // SEQUENCE_BLOCK * SEQUENCE_BLOCK
+        choices = f"{below} or {below + SEQUENCE_BLOCK}" if below else f"{SEQUENCE_BLOCK}"
+        raise ConfigError(
+            f"seq_len={config.seq_len} is not a multiple of {SEQUENCE_BLOCK} (tokens that share a scale); use {choices}"
+        )
+    if config.batch_size % config.microbatches:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not divisible by microbatches={config.microbatches}; "
+            f"use microbatches={math.gcd(config.batch_size, config.microbatches)} or another batch_size"
+        )
+    if device_count is not None:
+        _check_mesh(config, mesh_shape(config.mesh, device_count))
+
+
+def _check_schema(config: ml_collections.ConfigDict) -> None:
+    schema = flatten(default_config())
+    given = flatten(config)
+    for key in given:
+        check_key(key, set(schema))
+    for key, default in schema.items():
+        if key not in given:
+            raise ConfigError(f"config key {key!r} is missing; start from fp4jax.config.default_config()")
+        value = given[key]
+        allowed = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
+            raise ConfigError(f"{key}={value!r} is a {type(value).__name__}; it takes a {type(default).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value!r} is not a finite number")
+
+
+POSITIVE = (
+    *("steps", "batch_size", "microbatches", "seq_len", "checkpoint.every", "checkpoint.keep", "evaluation.every"),
+    *("divergence.rollback_steps", "watchdog.slow_step"),
+    *("log.every", "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "data.prefetch"),
+    *(f"model.{size}" for size in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")),
+    *(f"model.{size}" for size in ("head_dim", "intermediate_size", "rope_theta", "rms_norm_eps", "init_std")),
+    *("model.moe.num_experts", "model.moe.num_experts_per_token"),
+)
+NOT_NEGATIVE = (
+    *("seed", "health.every", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches"),
+    *("checkpoint.keep_every", "divergence.max_events", "divergence.spike", "watchdog.timeout"),
+    "model.moe.router_loss_coefficient",
+)
+FRACTIONS = ("optimizer.end_learning_rate_fraction", "data.max_bad_fraction")
+OPEN_FRACTIONS = ("optimizer.b1", "optimizer.b2", "data.validation_fraction")
+CHOICES = {
+    "backend": BACKENDS,
+    "gemm": GEMMS,
+    "model.remat": REMATERIALIZATIONS,
+    "model.dtype": ACTIVATION_DTYPES,
+    "on_nonfinite": ON_NONFINITE,
+}
+
+
+def _check_ranges(config: ml_collections.ConfigDict) -> None:
+    flat = flatten(config)
+    for key in POSITIVE:
+        if flat[key] <= 0:
+            least = "at least 1" if isinstance(flat[key], int) else "greater than 0"
+            raise ConfigError(f"{key}={flat[key]}: must be {least}")
+    for key in NOT_NEGATIVE:
+        if flat[key] < 0:
+            raise ConfigError(f"{key}={flat[key]}: must be 0 or more")
+    if config.seed >= 2**31:
+        raise ConfigError(f"seed={config.seed}: must be below 2^31")
+    _check_keep_every(config.checkpoint)
+    for key in FRACTIONS:
+        if not 0 <= flat[key] <= 1:
+            raise ConfigError(f"{key}={flat[key]}: must be from 0 to 1")
+    for key in OPEN_FRACTIONS:
+        if not 0 < flat[key] < 1:
+            raise ConfigError(f"{key}={flat[key]}: must be between 0 and 1")
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            raise ConfigError(f"{key}={flat[key]!r} is unknown; accepted: {', '.join(choices)}")
+
+
+def _check_keep_every(checkpoint: ml_collections.ConfigDict) -> None:
+    if checkpoint.keep_every % checkpoint.every:
+        raise ConfigError(
+            f"checkpoint.keep_every={checkpoint.keep_every} is not a multiple of checkpoint.every={checkpoint.every}, "
+            f"so that few of those steps are saved; use {math.lcm(checkpoint.keep_every, checkpoint.every)}"
+        )
+
+
+def _check_model(model: ml_collections.ConfigDict) -> None:
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={model.num_kv_heads}; "
+            f"use model.num_kv_heads={math.gcd(model.num_heads, model.num_kv_heads)}"
+        )
+    if model.head_dim % 2:
+        raise ConfigError(f"model.head_dim={model.head_dim} is odd; rotary embeddings turn pairs: use an even number")
+    _check_moe(model)
+
+
+def _check_moe(model: ml_collections.ConfigDict) -> None:
+    """Whether the experts' options are used, and can be; `capacity` is read by the model."""
+    if model.name != MOE_MODEL:
+        for key, default in default_config().model.moe.items():
+            if model.moe[key] != default:
+                raise ConfigError(
+                    f"model.moe.{key}={model.moe[key]} is for experts, which model.name={model.name!r} does not have; "
+                    f"use model.name={MOE_MODEL!r} or leave it at {default}"
+                )
+    elif model.moe.num_experts_per_token > model.moe.num_experts:
+        raise ConfigError(
+            f"model.moe.num_experts_per_token={model.moe.num_experts_per_token} of "
+            f"model.moe.num_experts={model.moe.num_experts}; use num_experts_per_token={model.moe.num_experts} or less"
+        )
+
+
+def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> None:
+    if config.backend == "pallas" and math.prod(sizes.values()) > 1:
+        raise ConfigError(
+            "backend='pallas' runs on one device: XLA would gather the operands of its kernel; use backend='xla'"
+        )
+    rows = config.batch_size // config.microbatches
+    shards = sizes["data"] * sizes["fsdp"]
+    if rows % shards:
+        microbatches = f" / microbatches={config.microbatches}" if config.microbatches > 1 else ""
+        multiple = math.ceil(rows / shards) * shards * config.microbatches
+        raise ConfigError(
+            f"batch_size={config.batch_size}{microbatches} gives {rows} sequences for "
+            f"mesh.data={sizes['data']} x mesh.fsdp={sizes['fsdp']}; use batch_size={multiple} or a smaller mesh"
+        )
+    model = config.model
+    needs = [("hidden_size", "fsdp")] + [
+        (size, "tensor") for size in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+    ]
+    for size, axis in needs:
+        if model[size] % sizes[axis]:
+            raise ConfigError(
+                f"model.{size}={model[size]} is not divisible by mesh.{axis}={sizes[axis]}; "
+                f"use mesh.{axis}={math.gcd(model[size], sizes[axis])}"
+            )

@@ -1,0 +1,195 @@
+"""What a run does when things go wrong in it: numbers that are not finite, a full disk, a signal, a damaged file."""
+
+import contextlib
+import os
+import resource
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from fp4jax.checkpoint import Checkpointer
+from fp4jax.data.pipeline import BatchIterator
+from fp4jax.training.divergence import read_events
+from fp4jax.training.incidents import NonFiniteLossError
+from fp4jax.training.metrics import read_metrics
+from fp4jax.training.preemption import Preempted
+from tests.training.test_loop import deterministic, final_state, run
+
+pytestmark = pytest.mark.standard_promotion
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(2, 5): the batches with these numbers hold a NaN, whenever they are read."""
+
+    def poison(*numbers):
+        original = BatchIterator.__next__
+
+        def next_batch(self):
+            number = self.get_state()["next_batch"]
+            batch = original(self)
+            if self._sequence["split"] == "train" and number in numbers:
+                batch = batch | {"loss_mask": np.full_like(batch["loss_mask"], np.nan)}
+            return batch
+
+        monkeypatch.setattr(BatchIterator, "__next__", next_batch)
+
+    return poison
+
+
+def test_default_stops_and_names_the_documents(config, tmp_path, poison):
+    poison(2)
+    with pytest.raises(NonFiniteLossError, match=r"^step 3: loss nan, .*; stopped, step 2 is saved"):
+        run(config, tmp_path)
+    (event,) = read_events(tmp_path)
+    assert (event["event"], event["step"], event["batch"]) == ("stopped", 3, 2)
+    assert event["documents"].startswith(f"{config.data.source}: documents ")
+
+
+@pytest.mark.slow
+def test_skipped_steps_leave_the_state_and_are_counted(config, tmp_path, poison):
+    config.on_nonfinite, config.steps = "skip", 6
+    whole = run(config, tmp_path / "clean")
+    assert "update skipped" not in whole
+    poison(2, 3)
+    output = run(config, tmp_path / "skipped")
+    assert "step 3: loss nan" in output and "update skipped; read" in output
+    assert [event["step"] for event in read_events(tmp_path / "skipped")] == [3, 4]
+    lines = read_metrics(tmp_path / "skipped")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert "loss" not in lines[2] and lines[2]["skipped"] == 1.0 and lines[5]["skipped_steps"] == 2.0
+    clean = read_metrics(tmp_path / "clean")
+    assert [line["learning_rate"] for line in lines] == [line["learning_rate"] for line in clean]
+    for leaf in jax.tree.leaves(final_state(config, tmp_path / "skipped")[:2]):
+        assert np.isfinite(leaf).all()
+    config.divergence.max_events = 1
+    with pytest.raises(NonFiniteLossError, match=r"step 4: .* stopped after divergence.max_events=1"):
+        run(config, tmp_path / "limited")
+
+
+@pytest.mark.slow
+def test_rollback_passes_over_the_data_and_resumes_exactly(config, tmp_path, poison, monkeypatch):
+    config.on_nonfinite, config.steps, config.evaluation.every = "rollback", 7, 7
+    poison(3, 6)
+    output = run(config, tmp_path / "whole")
+    assert "step 4: loss nan" in output and "back to step 2, and past 2 batches; read" in output
+    events = [(event["step"], event["after"], event["batch"]) for event in read_events(tmp_path / "whole")]
+    # Steps 3 and 4 are done again with batches 4 and 5; step 5 finds batch 6.
+    assert events == [(4, 2, 3), (5, 4, 6)]
+    lines = read_metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7] and lines[-1]["rollbacks"] == 2.0
+    position = final_state(config, tmp_path / "whole")[2]
+    assert position["next_batch"] == 7 + 1 + 2
+
+    # The same run, stopped after step 6 and started again.
+    with monkeypatch.context() as patch:
+        signal_at(patch, 5, signal.SIGTERM)
+        with pytest.raises(Preempted, match="stopped by SIGTERM"):
+            run(config, tmp_path / "stopped")
+    run(config, tmp_path / "stopped")
+    same(config, tmp_path, "whole", "stopped")
+    assert read_events(tmp_path / "stopped") == read_events(tmp_path / "whole")
+
+
+def signal_at(monkeypatch, batch, signum):
+    """The signal comes while batch number `batch` is read."""
+    original = BatchIterator.__next__
+
+    def next_batch(self):
+        if self._sequence["split"] == "train" and self.get_state()["next_batch"] == batch:
+            os.kill(os.getpid(), signum)
+        return original(self)
+
+    monkeypatch.setattr(BatchIterator, "__next__", next_batch)
+
+
+def same(config, folder, *names):
+    whole, other = (final_state(config, folder / name) for name in names)
+    jax.tree.map(np.testing.assert_array_equal, whole, other)
+    assert deterministic(folder / names[0]) == deterministic(folder / names[1])
+
+
+EXACT = {
+    "accumulation": {"microbatches": 2},
+    "phases": {"schedule": "bf16:50%,run:100%"},
+    "every product rounded stochastically": {"recipe": "nvfp4+sr_all", "model.dtype": "bfloat16"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", EXACT.values(), ids=EXACT)
+def test_run_that_is_stopped_by_a_signal_resumes_exactly(config, tmp_path, monkeypatch, changes):
+    config.recipe, config.checkpoint.every = "nvfp4", 3
+    config.update_from_flattened_dict(changes)
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        # The step that read batch 1 is the second; a third one may be on its way when the signal is seen.
+        signal_at(patch, 1, signal.SIGINT)
+        with pytest.raises(Preempted) as caught:
+            run(config, tmp_path / "stopped")
+    assert caught.value.exit_code == 130
+    run(config, tmp_path / "stopped")
+    same(config, tmp_path, "whole", "stopped")
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files cannot grow beyond 100 kB; the metrics are smaller."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_full_disk_leaves_training_running(config, tmp_path, monkeypatch, asynchronous):
+    config.checkpoint.asynchronous = asynchronous
+    save = Checkpointer.save
+
+    def fails_at_step_2(self, step, *arguments):
+        with full_disk() if step == 2 else contextlib.nullcontext():
+            save(self, step, *arguments)
+            if step == 2:
+                with contextlib.suppress(Exception):
+                    self._manager._checkpointer._async_manager._wait_for_thread()
+
+    run(config, tmp_path / "whole")
+    monkeypatch.setattr(Checkpointer, "save", fails_at_step_2)
+    output = run(config, tmp_path / "full")
+    assert "WARNING: a checkpoint could not be written" in output and "training goes on and saves again" in output
+    assert "(1 failed so far)" in output
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["4"]
+    same(config, tmp_path, "whole", "full")
+    assert read_events(tmp_path / "full")[0]["event"] == "save_failed"
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_set_aside_and_the_run_ends_in_the_same_bits(config, tmp_path, capsys):
+    run(config, tmp_path / "whole")
+    config.steps = 4
+    run(config, tmp_path / "damaged")
+    folder = tmp_path / "damaged" / "checkpoints" / "4"
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "after step 2" in run(config, tmp_path / "damaged")
+    assert "checkpoints/4 is damaged" in capsys.readouterr().err
+    assert (tmp_path / "damaged" / "damaged_checkpoints" / "4").is_dir()
+    same(config, tmp_path, "whole", "damaged")
+
+
+def test_metrics_say_where_the_time_goes(config, tmp_path):
+    config.steps = 2
+    run(config, tmp_path)
+    for line in read_metrics(tmp_path):
+        assert 0 <= line["data_wait"] < 1 and line["slow_steps"] == 0.0
+        assert line["longest_step_seconds"] > 0
+    assert line["checkpoint_seconds"] > 0
