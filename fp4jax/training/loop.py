@@ -190,18 +190,22 @@ class _Loop:
         """All steps; goes back where `on_nonfinite` says so."""
         config = self.static.config
         state, position = self._first_state(done)
-        with ProgressBar(self.static.console, config.steps, done, config.log.progress) as bar, self.watchdog:
-            while (failure := self._run_from(done, state, position, bar)) is not None:
+        with (
+            ProgressBar(self.static.console, config.steps, done, config.log.progress) as bar,
+            self.watchdog,
+            listening(jax.process_count()) as stop,
+        ):
+            while (failure := self._run_from(done, state, position, bar, stop)) is not None:
                 # The state that is not finite must be gone before another is restored.
                 del state
                 done, state, position = self._roll_back(failure)
 
     def _run_from(
-        self, done: int, state: TrainState, position: dict | None, bar: ProgressBar
+        self, done: int, state: TrainState, position: dict | None, bar: ProgressBar, stop: StopRequest
     ) -> NonFiniteLossError | None:
         """The steps after `done`; returns what is to be rolled back, None when all are done."""
         try:
-            with contextlib.closing(self.static.training_data.batches(position)) as batches, listening() as stop:
+            with contextlib.closing(self.static.training_data.batches(position)) as batches:
                 self._steps(done, state, batches, bar, stop)
         except NonFiniteLossError as error:
             if error.final:

@@ -40,13 +40,14 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[StopRequest]:
+def listening(processes: int = 1) -> Iterator[StopRequest]:
     """Listens for SIGNALS in the block; afterwards they do what they did before.
 
-    Signals reach the main thread alone: in another one nothing is listened for.
+    Signals reach the main thread alone: in another one nothing is listened for. Neither is it in a run of several
+    `processes`, which would have to agree on the step: one that stops alone leaves the others in a collective.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    if processes > 1 or threading.current_thread() is not threading.main_thread():
         yield request
         return
     read_end, write_end = os.pipe()

@@ -30,6 +30,13 @@ def test_first_signal_is_a_request_and_handlers_are_put_back(signum, capfd):
     assert "a second signal ends the run at once" in capfd.readouterr().err
 
 
+def test_a_run_of_several_processes_leaves_the_signals_as_they_are():
+    before = [signal.getsignal(signum) for signum in preemption.SIGNALS]
+    with listening(processes=2) as request:
+        assert [signal.getsignal(signum) for signum in preemption.SIGNALS] == before
+    assert request.signum is None
+
+
 HANGS = """
 import hashlib, importlib.util, os, signal, sys, threading, time
 spec = importlib.util.spec_from_file_location("preemption", sys.argv[1])
