@@ -55,9 +55,7 @@ class Incidents:
             raise NonFiniteLossError(f"step {step}: {_numbers(values)}", step, batch, final=False)
         saved = saved()
         self._record("stopped", step, step - 1, batch, values)
-        limit = (
-            "" if policy == "stop" else f" after {self._config.divergence.max_events} events (divergence.max_events)"
-        )
+        limit = "" if policy == "stop" else f" after divergence.max_events={self._config.divergence.max_events}"
         raise NonFiniteLossError(
             f"step {step}: {_numbers(values)} at learning rate {values['learning_rate']:.3g}; stopped{limit}, "
             f"{'nothing' if saved is None else f'step {saved}'} is saved; "
