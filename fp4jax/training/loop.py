@@ -274,6 +274,7 @@ class _Loop:
     def _roll_back(self, failure: NonFiniteLossError) -> tuple[int, TrainState, dict]:
         """Steps, state and data position to go on from: a former checkpoint's, past the data that was read since."""
         self.watchdog.beat("a rollback")
+        self._check_saves(failure.step, self.checkpointer.wait)
         latest = failure.step - self.static.config.divergence.rollback_steps
         done = max(self.checkpointer.steps_before(latest), default=0)
         state, position = self._first_state(done)

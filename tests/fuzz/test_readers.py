@@ -105,8 +105,12 @@ def test_gguf_files_give_one_error(tmp_path, content):
         one_line(error)
 
 
+# Names from the root or the home folder would search the whole machine.
+RELATIVE = st.text(alphabet="abc/*[]?{}~\0\n ", max_size=12).filter(lambda name: not name.startswith(("/", "~")))
+
+
 @fuzz
-@given(st.text(alphabet="abc/*[]?{}~\0\n ", max_size=12))
+@given(RELATIVE)
 def test_source_names_give_shards_or_one_error(tmp_path, name):
     previous = pathlib.Path.cwd()
     os.chdir(tmp_path)
