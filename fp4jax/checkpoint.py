@@ -238,8 +238,10 @@ class Checkpointer:
         Raises:
           StorageError: a save that was being written has failed.
         """
-        with self._save_errors():
-            self._manager.check_for_errors()
+        # Orbax's own check would take the error from the thread that is to see it, which would go on and delete the
+        # checkpoints that the failed one was to replace.
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def steps_before(self, step: int) -> list[int]:
         """Steps of the undamaged checkpoints of at most `step` steps, oldest first."""

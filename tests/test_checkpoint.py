@@ -2,6 +2,7 @@ import contextlib
 import json
 import resource
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,20 @@ def test_full_disk_leaves_the_former_checkpoint(tmp_path, asynchronous):
         np.testing.assert_array_equal(checkpointer.restore_params(shapes(params))["layers.weight"], 1.0)
         checkpointer.save(2, params, rest, {}, default_config())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"][-1:]
+
+
+# Orbax gives up at the first write that fails; TensorStore's others end after the event loop they were to tell.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+def test_looking_for_the_error_of_a_save_does_not_hide_it(tmp_path):
+    save(tmp_path, 1)
+    random = {"layers.weight": jax.random.normal(jax.random.key(0), (1_000_000,))}
+    with Checkpointer(tmp_path, asynchronous=True) as checkpointer, full_disk():
+        checkpointer.save(2, random, state(2)[1], {}, default_config())
+        deadline = time.monotonic() + 60
+        with pytest.raises(StorageError, match="the checkpoint of step 1 is intact"):
+            while time.monotonic() < deadline:
+                checkpointer.check()
+    assert saved_config(tmp_path)[0] == 1
 
 
 def largest_file(folder):
