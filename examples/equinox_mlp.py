@@ -32,14 +32,15 @@ def main(steps: int = 20):
     y = jnp.sin(x[:, :4])
     model = eqx.nn.MLP(16, 4, width_size=64, depth=2, key=jax.random.key(0))
     layers = fp4jax.equinox.layers(model, POLICY)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    gradient = jax.grad(lambda params, *rest: loss(eqx.combine(params, static), *rest))
+    print(fp4jax.report(gradient, params, x, y, jax.random.key(2)))
     state = OPTIMIZER.init(eqx.filter(model, eqx.is_inexact_array))
     losses = []
     for step in range(steps):
         key = jax.random.fold_in(jax.random.key(2), step)
         model, state, value = train_step(model, state, x, y, key)
         losses.append(float(value))
-    for path, recipe in layers.items():
-        print(f"{path:28} {recipe.name}", flush=True)
     print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps", flush=True)
     return model, layers, losses
 

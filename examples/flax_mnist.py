@@ -48,13 +48,12 @@ def main(steps: int = 20):
     model = fp4jax.linen.quantize(CNN(), POLICY)
     variables = model.init(jax.random.key(0), images)
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=optax.adam(5e-3))
+    print(fp4jax.report(train_step, state, images, labels, jax.random.key(1)))
     losses = []
     for step in range(steps):
         state, value = train_step(state, images, labels, jax.random.fold_in(jax.random.key(1), step))
         losses.append(float(value))
     layers = model.layers(variables, images)
-    for path, recipe in layers.items():
-        print(f"{path:28} {recipe.name}", flush=True)
     print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps", flush=True)
     return model, layers, losses
 

@@ -1,6 +1,7 @@
 """Another library's Qwen3 in FP4: google-tunix' model, most of whose linear layers call `jnp.einsum` themselves.
 
-make examples-venv && .venv-examples/bin/python examples/tunix_qwen3.py
+make test-examples  # makes .venv-examples and runs every example
+.venv-examples/bin/python examples/tunix_qwen3.py
 """
 
 import jax
@@ -38,9 +39,8 @@ def main(steps: int = 20):
     model = qwen3.Qwen3(CONFIG, rngs=nnx.Rngs(0))
     layers = fp4jax.nnx.quantize(model, POLICY, rngs=nnx.Rngs(fp4=0))
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+    print(fp4jax.report(nnx.grad(loss), model, TOKENS))
     losses = [float(train_step(model, optimizer, TOKENS)) for _ in range(steps)]
-    for path, recipe in layers.items():
-        print(f"{path:28} {recipe.name}")
     print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
     return model, layers, losses
 

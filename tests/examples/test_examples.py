@@ -45,12 +45,14 @@ def falls(losses):
     return len(losses) == 20 and losses[-1] < 0.5 * losses[0]
 
 
-def test_tunix_qwen3():
+def test_tunix_qwen3(capsys):
     nnx = pytest.importorskip("flax.nnx")
     module = example("tunix_qwen3", "tunix")
     plain = module.qwen3.Qwen3(module.CONFIG, rngs=nnx.Rngs(0))
     before = jax.tree.structure(nnx.state(plain))
     model, layers, losses = module.main()
+    # Of three GEMMs each: seven linear layers in two blocks; besides, two products of attention a block, and the head.
+    assert "42 of 57 products" in capsys.readouterr().out
     assert falls(losses)
     quantized = [path for path, recipe in layers.items() if recipe.name == "averis"]
     assert len(layers) == 15 and len(quantized) == 14 and "lm_head" not in quantized
@@ -63,17 +65,19 @@ def test_tunix_qwen3():
     assert jax.tree.structure(nnx.state(model)) == before
 
 
-def test_flax_mnist():
+def test_flax_mnist(capsys):
     model, layers, losses = example("flax_mnist", "flax").main()
+    assert "6 of 11 products" in capsys.readouterr().out  # two dense layers of three GEMMs
     assert falls(losses)
     assert {path: recipe.name for path, recipe in layers.items()} == {
         "Dense_0": "averis", "Dense_1": "averis", "Dense_2": "bf16",
     }  # fmt: skip
 
 
-def test_equinox_mlp():
+def test_equinox_mlp(capsys):
     module = example("equinox_mlp", "equinox")
     model, layers, losses = module.main()
+    assert "5 of 8 products" in capsys.readouterr().out  # the first layer has no dgrad
     assert falls(losses) and len(layers) == 3
     x = jnp.ones((8, 16))
 

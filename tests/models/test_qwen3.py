@@ -129,7 +129,10 @@ def assert_close(left, right):
         assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(b) + 1e-7
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "averis_centered", pytest.param("nvfp4_hadamard", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("averis_centered", "nvfp4_hadamard")]
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "nvfp4", *SLOW])
 def test_preparing_the_weights_once_changes_nothing(recipe):
     loss, grads = gradients(recipe)
     prepared_loss, prepared_grads = gradients(recipe, prepared=True)

@@ -224,9 +224,8 @@ def test_every_step_and_validation_runs_under_the_recipe_of_its_phase(three_phas
     assert evaluate_workdir(tmp_path, "nvfp4").recipe == "nvfp4"
 
 
-@pytest.mark.parametrize(
-    "done", [pytest.param(2, id="at a boundary"), pytest.param(4, id="inside a phase", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [pytest.param(2, id="at a boundary"), pytest.param(4, id="inside a phase")])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(three_phases, whole, tmp_path, done):
     filled(whole, three_phases)
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)

@@ -34,8 +34,8 @@ def draw(groups: Mapping[str, Sequence[Measurement]], path: Path) -> None:
 
 
 def _spans_decades(lengths: Sequence[float]) -> bool:
-    known = [length for length in lengths if not np.isnan(length)]
-    return bool(known) and min(known) > 0 and max(known) / min(known) > 100
+    known = [float(length) for length in lengths if not np.isnan(length)]
+    return bool(known) and min(known) > 0 and max(known) > 100 * min(known)
 
 
 def _gap(m: Measurement) -> tuple[float, float]:

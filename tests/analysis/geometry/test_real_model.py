@@ -53,6 +53,7 @@ def test_trace_follows_the_model(kind):
         np.testing.assert_allclose(jnp.sum(traced[f"alpha2 {linear}"], axis=1), 1.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_quantized_stack_follows_the_quantized_model(subject):
     tokens = jnp.asarray(TOKENS)
     sums = real_model.quantization_errors(subject.loaded.model("bf16"), tokens, recipe=recipe("nvfp4"))

@@ -32,6 +32,9 @@ class Bytes(Tokenizer):
     def encode_batch(self, texts):
         return [[byte % CONFIG.vocab_size for byte in text.encode()] for text in texts]
 
+    def encode_array(self, text):
+        return np.array(self.encode_batch([text])[0], np.uint32)
+
 
 @pytest.fixture(scope="module")
 def loaded():
