@@ -72,8 +72,9 @@ def checkpoints(workdir: Path, tokens: int, seq_len: int | None) -> Iterator[Sub
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target.params))
     with Checkpointer(workdir, largest_array=largest, read_only=True) as checkpointer:
         for step in checkpointer.steps():
-            params, opt_state, _ = checkpointer.restore(target.params, target.opt_state, step=step)
-            nu = next(part.nu for part in opt_state if hasattr(part, "nu"))
+            saved = {"step": target.step, "opt_state": target.opt_state}
+            params, rest, _ = checkpointer.restore(target.params, saved, step=step)
+            nu = next(part.nu for part in rest["opt_state"] if hasattr(part, "nu"))
             yield Subject(f"{workdir.name} step {step}", template.merge(params), chunks, nu)
 
 
