@@ -60,7 +60,8 @@ def test_the_compiled_training_step_keeps_every_quantization(remat):
     config = tiny_config(recipe="averis")
     config.model.remat = remat
     report = training_step_report(config)
-    again = {(layer, "fprop"): count for (layer, gemm), count in EVERY_GEMM.items() if gemm == "fprop"}
+    # A block's last product is not repeated: nothing of the backward needs its result.
+    again = {at: count for at, count in EVERY_GEMM.items() if at[1] == "fprop" and "down_proj" not in at[0]}
     assert counts(report)[0] == collections.Counter(EVERY_GEMM) + collections.Counter(again if remat == "full" else {})
     assert report.compiled.folded == ()
     assert report.compiled.operands == report.compiled.coded >= 2 * len(EVERY_GEMM)
