@@ -1,21 +1,17 @@
-"""What a run does when things go wrong in it: numbers that are not finite, a full disk, a signal, a damaged file."""
+"""What a run does when things go wrong in it: numbers that are not finite, a signal, a damaged file."""
 
-import contextlib
 import os
 import signal
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from fp4jax.checkpoint import Checkpointer
 from fp4jax.data.pipeline import BatchIterator
 from fp4jax.training.divergence import read_events
 from fp4jax.training.incidents import NonFiniteLossError
 from fp4jax.training.metrics import read_metrics
 from fp4jax.training.preemption import Preempted
-from tests.test_checkpoint import full_disk
 from tests.training.test_loop import deterministic, final_state, run
 
 pytestmark = pytest.mark.standard_promotion
@@ -133,30 +129,6 @@ def test_run_that_is_stopped_by_a_signal_resumes_exactly(config, tmp_path, monke
     assert caught.value.exit_code == 130
     run(config, tmp_path / "stopped")
     same(config, tmp_path, "whole", "stopped")
-
-
-@pytest.mark.slow
-# Orbax gives up at the first write that fails; TensorStore's others end after the event loop they were to tell.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_full_disk_leaves_training_running(config, tmp_path, monkeypatch, asynchronous):
-    config.checkpoint.asynchronous = asynchronous
-    save = Checkpointer.save
-
-    def fails_at_step_2(self, step, *arguments):
-        with full_disk() if step == 2 else contextlib.nullcontext():
-            save(self, step, *arguments)
-            while step == 2 and self._manager.is_saving_in_progress():
-                time.sleep(0.01)
-
-    run(config, tmp_path / "whole")
-    monkeypatch.setattr(Checkpointer, "save", fails_at_step_2)
-    output = run(config, tmp_path / "full")
-    assert "WARNING: a checkpoint could not be written" in output and "training goes on and saves again" in output
-    assert "(1 failed so far)" in output
-    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["4"]
-    same(config, tmp_path, "whole", "full")
-    assert read_events(tmp_path / "full")[0]["event"] == "save_failed"
 
 
 @pytest.mark.slow
