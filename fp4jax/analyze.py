@@ -11,11 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fp4jax import cli
+
 
 class Subcommand(NamedTuple):
     """A function that takes the arguments after the subcommand's name; its module is imported when it is asked for.
 
-    It parses them with `fp4jax.analysis.arguments.Parser`, prints and writes what it found, and raises ValueError or
+    It parses them with `fp4jax.cli.Parser`, prints and writes what it found, and raises ValueError or
     OSError for what a user can cause.
     """
 
@@ -76,38 +78,23 @@ SUBCOMMANDS: dict[str, Subcommand] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the subcommand that `arguments` name; returns the exit code."""
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    return cli.run(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(_usage())
-        return 0
-    try:
-        if arguments[0] not in SUBCOMMANDS:
-            raise ValueError(f"unknown subcommand {arguments[0]!r}; there are: {', '.join(SUBCOMMANDS)}")
-        subcommand = SUBCOMMANDS[arguments[0]]
-        getattr(importlib.import_module(subcommand.module), subcommand.function)(arguments[1:])
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            raise
-        print(_describe(error), file=sys.stderr)
-        return 1
+        return
+    if arguments[0] not in SUBCOMMANDS:
+        raise ValueError(f"unknown subcommand {arguments[0]!r}; there are: {', '.join(SUBCOMMANDS)}")
+    subcommand = SUBCOMMANDS[arguments[0]]
+    getattr(importlib.import_module(subcommand.module), subcommand.function)(arguments[1:])
 
 
 def _usage() -> str:
     width = max(map(len, SUBCOMMANDS), default=0)
     lines = [f"  {name:{width}}  {subcommand.summary}" for name, subcommand in SUBCOMMANDS.items()]
     return "\n".join(["usage: python -m fp4jax.analyze SUBCOMMAND [--flags] [--debug]", "", *lines])
-
-
-def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, ValueError | OSError | NotImplementedError):
-        return f"error: {lines[0] or type(error).__name__}"
-    return f"error: {type(error).__name__}: {lines[0][:200]} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from fp4jax import analyze
-from fp4jax.analysis.arguments import Parser
+from fp4jax.cli import Parser
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
+from fp4jax.cli import Parser, run
 from fp4jax.config import default_config
-from fp4jax.data.arguments import Parser, run
 from fp4jax.data.documents import BadLines, read_documents, split_of
 from fp4jax.data.errors import DataError
 from fp4jax.data.shards import find_shards

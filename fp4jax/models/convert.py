@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 
 from fp4jax import policy as policies
-from fp4jax.analysis.arguments import Parser
+from fp4jax.cli import Parser, run
 from fp4jax.data.errors import DataError
 from fp4jax.models import hf_export, nvfp4_layout, saved_run
 from fp4jax.models.pretrained import LoadedModel, load_parameters
@@ -93,38 +93,28 @@ def _tokenizer_note(loaded: LoadedModel) -> str:
     return "" if loaded.origin.files else "; no tokenizer.json, because the source has none"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
-    debug = "--debug" in arguments
-    if not debug:
-        logging.set_verbosity(logging.FATAL)  # Orbax warns that it will not write
-    try:
-        parser = Parser("convert", "Write pretrained or trained weights as a Hugging Face folder.")
-        parser.prog = "python -m fp4jax.models.convert"
-        parser.add_argument("source", metavar="SRC", help="Hugging Face folder, .gguf file, smollm2-135m, or a workdir")
-        parser.add_argument("--to", metavar="DIR", required=True, help="new folder", default=None)
-        parser.add_argument("--format", default="safetensors", help=" or ".join(FORMATS))
-        parser.add_argument("--dtype", default=None, help="of the weights; by default that of the source")
-        parser.add_argument("--recipe", default=None, help="for nvfp4; by default the run's, or nvfp4")
-        parser.add_argument("--policy", default=None, help="for nvfp4; by default the run's, or all_linear")
-        options = parser.parse_args([argument for argument in arguments if argument != "--debug"])
-        print(
-            convert(
-                options.source, options.to, format=options.format, dtype=options.dtype, recipe=options.recipe,
-                policy=options.policy,
-            )
-        )  # fmt: skip
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            raise
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        print(f"error: {kind}{(str(error).strip().splitlines() or [''])[0]}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+      ValueError, OSError: as `convert`.
+    """
+    parser = Parser("fp4jax.models.convert", "Write pretrained or trained weights as a Hugging Face folder.")
+    parser.add_argument("source", metavar="SRC", help="Hugging Face folder, .gguf file, smollm2-135m, or a workdir")
+    parser.add_argument("--to", metavar="DIR", required=True, help="new folder", default=None)
+    parser.add_argument("--format", default="safetensors", help=" or ".join(FORMATS))
+    parser.add_argument("--dtype", default=None, help="of the weights; by default that of the source")
+    parser.add_argument("--recipe", default=None, help="for nvfp4; by default the run's, or nvfp4")
+    parser.add_argument("--policy", default=None, help="for nvfp4; by default the run's, or all_linear")
+    options = parser.parse_args(list(arguments))
+    logging.set_verbosity(logging.FATAL)  # Orbax warns that it will not write
+    print(
+        convert(
+            options.source, options.to, format=options.format, dtype=options.dtype, recipe=options.recipe,
+            policy=options.policy,
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:], interrupted="interrupted; nothing is written"))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from fp4jax.cli import describe
 from fp4jax.config import check_overrides
 from fp4jax.training.preemption import Preempted
 
@@ -39,12 +40,5 @@ def run(main: Callable[[], None], arguments: Sequence[str] = sys.argv) -> int:
     except Exception as error:
         if debug:
             raise
-        print(_describe(error), file=sys.stderr)
+        print(describe(error, flags.Error), file=sys.stderr)
         return 1
-
-
-def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, ValueError | OSError | flags.Error | NotImplementedError):
-        return f"error: {lines[0] or type(error).__name__}"
-    return f"error: {type(error).__name__}: {lines[0][:200]} (--debug shows where)"

@@ -17,8 +17,16 @@ from fp4jax import models
 from fp4jax.statistics import Monitor
 from fp4jax.training.divergence import finite_or_former
 from fp4jax.training.mesh import BATCH, replicated
-from fp4jax.training.optimizer import learning_rate_schedule
-from fp4jax.training.state import ModelTemplate, Parameters, TrainState, on_mesh, state_shardings
+from fp4jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fp4jax.training.state import (
+    ModelTemplate,
+    Parameters,
+    TrainState,
+    model_template,
+    on_mesh,
+    sharded_abstract_state,
+    state_shardings,
+)
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -78,6 +86,22 @@ def make_train_step(
         donate_argnums=0,
     )
     return on_mesh(jitted, mesh)
+
+
+def abstract_train_step(
+    config: ml_collections.ConfigDict, mesh: Mesh
+) -> tuple[Callable, PyTree, dict[str, jax.ShapeDtypeStruct]]:
+    """(jitted step, state, batch) with shapes and shardings for arrays, to be traced or compiled under `mesh`."""
+    template = model_template(config)
+    optimizer = make_optimizer(config, template.logical_axes)
+    shape, sharding = (config.batch_size, config.seq_len), NamedSharding(mesh, BATCH)
+    names = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
+    if config.data.document_mask:
+        names |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in names.items()}
+    step = make_train_step(config, template, optimizer, mesh).__wrapped__
+    with jax.set_mesh(mesh):
+        return step, sharded_abstract_state(template, optimizer, mesh), batch
 
 
 def training_key(config: ml_collections.ConfigDict, step: Int32[Array, ""]) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp4jax import models
+from fp4jax import cli, models
 from fp4jax.config import default_config
 from fp4jax.models import convert as command
 from fp4jax.models import hf_export, nvfp4_layout
@@ -21,7 +21,7 @@ QWEN3, LLAMA = "qwen3_mqa_untied", "llama_gqa_tied"
 
 
 def run(*arguments, capsys):
-    code = command.main([str(argument) for argument in arguments])
+    code = cli.run(command.main, [str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -187,7 +187,7 @@ def test_a_destination_is_never_written_over(tmp_path, capsys):
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     folder = folder_of(tmp_path)
     monkeypatch.setattr(hf_export.safetensors.numpy, "save_file", _interrupt)
-    assert command.main([str(folder), f"--to={tmp_path / 'out'}"]) == 130
+    assert cli.run(command.main, [str(folder), f"--to={tmp_path / 'out'}"]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -13,8 +13,8 @@ from flax import nnx
 
 from fp4jax.dot import dot_general, prepare
 from fp4jax.models import qwen3_moe, routing
+from fp4jax.models.hugging_face import ARCHITECTURES, is_kernel, stored_tensors
 from fp4jax.models.qwen3_moe import EXPERTS, Qwen3MoE, Qwen3MoEConfig
-from fp4jax.models.qwen3_moe_names import moe_fields, places
 from fp4jax.policy import Policy, policy
 from fp4jax.recipes import recipe
 from fp4jax.statistics import FORWARD_STATISTICS, Monitor, forward_statistics
@@ -52,19 +52,19 @@ def model_of_fixture(path):
     """Built by the table of names alone: what it forgets stays NaN."""
     data = np.load(path)
     hf = json.loads(str(data["config"]))
-    config = Qwen3MoEConfig(
-        vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"], num_kv_heads=hf["num_key_value_heads"], head_dim=hf["head_dim"],
-        rope_theta=hf["rope_theta"], rms_norm_eps=hf["rms_norm_eps"], tie_embeddings=hf["tie_word_embeddings"],
-        dtype="float32", **moe_fields(hf | {"router_aux_loss_coef": 0.001}),
-    )  # fmt: skip
+    config, problems = ARCHITECTURES["qwen3_moe"].read(hf | {"router_aux_loss_coef": 0.001}, "float32")
+    assert problems == []
     graphdef, state = nnx.split(build(config, "bf16"))
-    params = {".".join(map(str, name)): variable for name, variable in nnx.to_flat_state(state)}
-    values = {name: np.full(variable.shape, np.nan, np.float32) for name, variable in params.items()}
-    for name, place in places(config).items():
-        array = data[f"weight:{name}"]
-        values[place.parameter][place.index] = array.T if place.transposed else array
-    assert {f"weight:{name}" for name in places(config)} == {name for name in data if name.startswith("weight:")}
+    values, read = {}, set()
+    for path, variable in nnx.to_flat_state(state):
+        parameter = ".".join(map(str, path))
+        values[parameter] = np.full(variable.shape, np.nan, np.float32)
+        for index, name, shape in stored_tensors(parameter, variable.shape):
+            array = data[f"weight:{name}"]
+            assert array.shape == shape
+            values[parameter][index] = array.T if is_kernel(parameter) else array
+            read.add(f"weight:{name}")
+    assert read == {name for name in data if name.startswith("weight:")}
     assert all(np.isfinite(value).all() for value in values.values())
     filled = [(name, variable.replace(jnp.asarray(values[".".join(map(str, name))])))
               for name, variable in nnx.to_flat_state(state)]  # fmt: skip
@@ -289,7 +289,7 @@ def test_bad_configurations_are_refused():
     for capacity in ("all", "0", "-1", "1/0"):
         with pytest.raises(ValueError, match="capacity must be 'full' or a number above 0"):
             dataclasses.replace(TINY, capacity=capacity)
-    with pytest.raises(ValueError, match=r"mlp_only_layers=\[1\], decoder_sparse_step=1: dense layers among"):
-        moe_fields({"mlp_only_layers": [1], "decoder_sparse_step": 1})
-    with pytest.raises(ValueError, match="decoder_sparse_step=2"):
-        moe_fields({"decoder_sparse_step": 2})
+    hf = json.loads(str(np.load(FIXTURES[0])["config"])) | {"router_aux_loss_coef": 0.001}
+    for key, value in (("mlp_only_layers", [1]), ("decoder_sparse_step", 2)):
+        config, problems = ARCHITECTURES["qwen3_moe"].read(hf | {key: value}, "float32")
+        assert config is None and len(problems) == 1 and problems[0].startswith(f"{key}={value}, supported: ")

@@ -11,18 +11,16 @@ import traceback
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from fp4jax.config import default_config
 from fp4jax.recipes import list_recipes
 from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.scopes import PRODUCT_SCOPES
-from fp4jax.training import make_mesh, make_optimizer, make_train_step, model_template
-from fp4jax.training.mesh import BATCH
-from fp4jax.training.state import sharded_abstract_state
+from fp4jax.training import make_mesh
+from fp4jax.training.step import abstract_train_step
 
 STAGES = ("fprop", "dgrad", "wgrad")
 WIDE_TYPES = ("f64", "c64", "c128")
@@ -60,17 +58,9 @@ def target_mesh(target: str) -> Mesh:
 
 def optimized_step(recipe: str, mesh: Mesh) -> str:
     """The optimized HLO of one optimizer step, compiled from shapes alone."""
-    config = tiny_config(recipe)
-    template = model_template(config)
-    optimizer = make_optimizer(config, template.logical_axes)
-    shape, sharding = (config.batch_size, config.seq_len), NamedSharding(mesh, BATCH)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in (("tokens", jnp.int32), ("targets", jnp.int32), ("loss_mask", jnp.float32))
-    }
-    step = make_train_step(config, template, optimizer, mesh)
+    step, state, batch = abstract_train_step(tiny_config(recipe), mesh)
     with jax.set_mesh(mesh):
-        lowered = step.__wrapped__.lower(sharded_abstract_state(template, optimizer, mesh), batch)
+        lowered = step.lower(state, batch)
         return lowered.compile(GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None).as_text()
 
 

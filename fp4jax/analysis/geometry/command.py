@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from fp4jax import recipes
-from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.geometry import experiments, figures
 from fp4jax.analysis.geometry.tables import Grid, Table, render
+from fp4jax.cli import Parser
 
 JUDGED_BY = 3.0  # standard errors
 _BRIDGED = ("nvfp4", "averis", "ternary")  # the recipes, with those that begin with such a name, of the bridge
@@ -47,7 +47,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    parser = Parser("geometry", "Sign and magnitude perturbations (arXiv 2605.18933): theory, simulation, real models.")
+    parser = Parser(
+        "fp4jax.analyze geometry",
+        "Sign and magnitude perturbations (arXiv 2605.18933): theory, simulation, real models.",
+    )
     parser.add_argument("--quick", action="store_true", help="smaller widths, fewer draws: less than a minute")
     parser.add_argument("--out", type=Path, default=Path("runs/geometry"), help="folder for the JSON and the figures")
     parser.add_argument("--seed", type=int, default=0, help="of all experiments, at least 0")

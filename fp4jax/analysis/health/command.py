@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.health.numbers import describe, load_health
 from fp4jax.analysis.health.plots import draw
+from fp4jax.cli import Parser
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -15,7 +15,9 @@ def run(arguments: Sequence[str]) -> None:
       ValueError: a flag that is unknown or missing, a folder without measurements.
       OSError: figures that cannot be written.
     """
-    parser = Parser("health", "The health of a run's FP4 products, from a run with --config.health.every=N.")
+    parser = Parser(
+        "fp4jax.analyze health", "The health of a run's FP4 products, from a run with --config.health.every=N."
+    )
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument("--out", type=Path, help="folder for the figures; WORKDIR/health if not given")
     flags = parser.parse_args(arguments)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.mean_bias import figures, tables
 from fp4jax.analysis.mean_bias.capture import SITES, capture
 from fp4jax.analysis.mean_bias.measure import measure, whitened_ratios
 from fp4jax.analysis.mean_bias.optimizer import second_moment_share
 from fp4jax.analysis.mean_bias.subject import Subject, checkpoints, pretrained
+from fp4jax.cli import Parser
 from fp4jax.training.compilation import enable_compilation_cache
 
 
@@ -95,7 +95,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
 
 
 def _parse(name: str, arguments: Sequence[str]) -> Any:
-    parser = Parser(name, "The mean of activations over tokens (arXiv 2603.10444).")
+    parser = Parser(f"fp4jax.analyze {name}", "The mean of activations over tokens (arXiv 2603.10444).")
     parser.add_argument("--model", help="smollm2-135m or a .gguf file")
     parser.add_argument("--workdir", type=Path, help="of a run: every checkpoint that it kept is measured")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens, at least")

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.ptq.figures import draw
 from fp4jax.analysis.ptq.measure import Measurement, Sample, measure
 from fp4jax.analysis.ptq.table import render
+from fp4jax.cli import Parser
 from fp4jax.config import default_config
 from fp4jax.data.held_out import held_out_text
 from fp4jax.models.pretrained import LoadedModel, load_parameters
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    parser = Parser("ptq", "Loss and weight gradients of a pretrained model under every recipe.")
+    parser = Parser("fp4jax.analyze ptq", "Loss and weight gradients of a pretrained model under every recipe.")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a .gguf file")
     parser.add_argument("--recipes", default=",".join(n for n in list_recipes() if n != "bf16"), help="with commas")
     parser.add_argument("--tokens", type=int, default=9216, help="held-out tokens, at least")

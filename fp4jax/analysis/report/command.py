@@ -4,21 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-from jax.sharding import NamedSharding
 
-from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.sensitivity.inputs import config_file
+from fp4jax.cli import Parser
 from fp4jax.config import ConfigError, check_overrides, flatten
 from fp4jax.config_checks import validate
 from fp4jax.reporting import Report, report
 from fp4jax.training.compilation import enable_compilation_cache
-from fp4jax.training.mesh import BATCH, make_mesh
-from fp4jax.training.optimizer import make_optimizer
+from fp4jax.training.mesh import make_mesh
 from fp4jax.training.schedule import config_of, phases, settle
-from fp4jax.training.state import model_template, sharded_abstract_state
-from fp4jax.training.step import make_train_step
+from fp4jax.training.step import abstract_train_step
 
 _OVERRIDE = "--config."
 
@@ -31,7 +27,9 @@ def main(arguments: Sequence[str]) -> None:
       OSError: a file that cannot be written.
     """
     check_overrides(arguments)
-    parser = Parser("report", "Which matrix products of a configuration's training step run in FP4, and why not.")
+    parser = Parser(
+        "fp4jax.analyze report", "Which matrix products of a configuration's training step run in FP4, and why not."
+    )
     parser.add_argument("--config", type=Path, required=True, help="config file; --config.key=value overrides it")
     parser.add_argument("--trace-only", action="store_true", help="do not compile: seconds instead of minutes")
     parser.add_argument("--json", type=Path, help="file for everything, layer by layer; one for each phase")
@@ -58,17 +56,9 @@ def training_step_report(config: ml_collections.ConfigDict, *, compile_program: 
       ValueError: a configuration that cannot run on these devices.
     """
     mesh = make_mesh(config.mesh)
-    template = model_template(config)
-    optimizer = make_optimizer(config, template.logical_axes)
-    shape, sharding = (config.batch_size, config.seq_len), NamedSharding(mesh, BATCH)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in (("tokens", jnp.int32), ("targets", jnp.int32), ("loss_mask", jnp.float32))
-    }
-    step = make_train_step(config, template, optimizer, mesh)
+    step, state, batch = abstract_train_step(config, mesh)
     with jax.set_mesh(mesh):
-        state = sharded_abstract_state(template, optimizer, mesh)
-        return report(step.__wrapped__, state, batch, compile_program=compile_program)
+        return report(step, state, batch, compile_program=compile_program)
 
 
 def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:

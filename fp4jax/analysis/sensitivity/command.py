@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from fp4jax.analysis.arguments import Parser
 from fp4jax.analysis.sensitivity import inputs, report
 from fp4jax.analysis.sensitivity.ranking import (
     RankBy,
@@ -24,6 +23,7 @@ from fp4jax.analysis.sensitivity.ranking import (
     rank,
 )
 from fp4jax.analysis.sensitivity.scan import Choice, Meter, Scan, blocks, layers, scan, types
+from fp4jax.cli import Parser
 from fp4jax.models.qwen3 import LINEARS, Qwen3
 from fp4jax.policy import policy
 from fp4jax.training.compilation import enable_compilation_cache
@@ -77,7 +77,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    parser = Parser("sensitivity", "Loss and gradient error with one layer type or block in FP4 at a time.")
+    parser = Parser(
+        "fp4jax.analyze sensitivity", "Loss and gradient error with one layer type or block in FP4 at a time."
+    )
     parser.add_argument("--config", type=Path, help="config file of a run, which by default is in runs/<its name>")
     parser.add_argument("--workdir", "--checkpoint", type=Path, dest="workdir", help="folder that train.py wrote")
     parser.add_argument("--model", help="a pretrained model instead: smollm2-135m, or a .gguf file with a Llama")

@@ -2,7 +2,7 @@
 
 import sys
 
-from fp4jax.data.arguments import run
+from fp4jax.cli import run
 from fp4jax.data.prepare.command import main
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from fp4jax.cli import Parser
 from fp4jax.config import default_config
-from fp4jax.data.arguments import Parser
 from fp4jax.data.prepare.inputs import find_units
 from fp4jax.data.prepare.options import ANY_LANGUAGE, Options
 from fp4jax.data.prepare.run import prepare

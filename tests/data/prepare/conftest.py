@@ -60,6 +60,6 @@ def command(source: object, output: object, *flags: str, before: str = "") -> su
     if not before:
         start = ["-m", "fp4jax.data.prepare"]
     else:
-        call = "import sys; from fp4jax.data.prepare.command import main; from fp4jax.data.arguments import run"
+        call = "import sys; from fp4jax.data.prepare.command import main; from fp4jax.cli import run"
         start = ["-c", f"{before}\n{call}; sys.exit(run(main, sys.argv[1:]))"]
     return subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, check=False)

@@ -1,8 +1,8 @@
-"""The command: what it prints, and one line and exit code 2 for what a user can mend."""
+"""The command: what it prints, and one line and exit code 1 for what a user can mend."""
 
 import pytest
 
-from fp4jax.data.arguments import run
+from fp4jax.cli import run
 from fp4jax.data.prepare import filters
 from fp4jax.data.prepare.command import main
 
@@ -40,9 +40,9 @@ def test_the_report_and_how_to_train_on_it(corpus_of_three, call, tmp_path):
         (["--text_key=content"], "60 of 60 records hold no document"),
     ],
 )
-def test_one_line_and_code_2(corpus_of_three, call, tmp_path, flags, message):
+def test_one_line_and_code_1(corpus_of_three, call, tmp_path, flags, message):
     code, out, err = call(*flags)
-    assert (code, out) == (2, "")
+    assert (code, out) == (1, "")
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "set" / "index.json").exists()
 
@@ -50,5 +50,5 @@ def test_one_line_and_code_2(corpus_of_three, call, tmp_path, flags, message):
 def test_a_filter_that_cannot_work_is_no_silent_one(corpus_of_three, call, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "pycld2", None)
     code, _, err = call("--language=en")
-    assert code == 2 and f"pip install {filters.LANGUAGE_PACKAGE}; or keep" in err and "--language=any" in err
+    assert code == 1 and f"pip install {filters.LANGUAGE_PACKAGE}; or keep" in err and "--language=any" in err
     assert not (tmp_path / "set").exists()
