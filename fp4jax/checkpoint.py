@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,8 +60,10 @@ class StorageError(OSError):
     """A folder that cannot be written: full, read-only, not allowed; one line."""
 
 
-def config_differences(saved: Mapping, current: Mapping | ml_collections.ConfigDict) -> list[str]:
-    """Returns "key saved → current" for each key that changes what a run computes.
+def config_differences(
+    saved: Mapping, current: Mapping | ml_collections.ConfigDict, may_change: Sequence[str] = MAY_CHANGE
+) -> list[str]:
+    """Returns "key saved → current" for each key that changes what a run computes: all but `may_change`.
 
     A key that did not exist when the checkpoint was written had its present default.
     """
@@ -71,7 +73,7 @@ def config_differences(saved: Mapping, current: Mapping | ml_collections.ConfigD
     return [
         f"{key} {_short(before.get(key))} → {_short(after.get(key))}"
         for key in differing
-        if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+        if not any(key == free or key.startswith(f"{free}.") for free in may_change)
     ]
 
 

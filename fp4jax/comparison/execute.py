@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fp4jax.comparison.plan import Comparison, Run
+from fp4jax.comparison.records import load_record
 from fp4jax.comparison.run import CONFIG, LOG, SUMMARY, write_atomically
 from fp4jax.training.estimate import duration
-from fp4jax.training.metrics import read_metrics
 
 
 class RunFailedError(ValueError):
@@ -52,7 +52,7 @@ def outcome(run: Run) -> str:
     summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
     if summary["diverged"]:
         return f"diverged: {summary['diverged']}"
-    return f"validation loss {read_metrics(run.folder)[-1]['validation_loss']:.4f}"
+    return f"validation loss {load_record(run).validation_loss:.4f}"
 
 
 def _train(run: Run) -> None:

@@ -47,11 +47,18 @@ class Record:
 
 
 def load_record(run: Run) -> Record:
-    """Reads a finished run."""
+    """Reads a finished run.
+
+    Raises:
+      ValueError: it did not diverge, and its last step was not validated.
+    """
     summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
-    lines = read_metrics(run.folder)
+    # A step whose update was skipped has no loss.
+    lines = [line for line in read_metrics(run.folder) if "loss" in line]
     validations = [line for line in lines if "validation_loss" in line]
     last = lines[-1] if lines else {"tokens": 0.0}
+    if not summary["diverged"] and "validation_loss" not in last:
+        raise ValueError(f"{run.folder} has no validation loss at its last step; delete the folder and run it again")
     speed = last.get("tokens_per_second")
     health = read_metrics(run.folder, HEALTH_FILE)
     return Record(

@@ -80,7 +80,7 @@ def pairs(records: Sequence[Record], baseline: str, primary: tuple[str, str] | N
     wanted = [pair for pair in itertools.combinations(names, 2) if primary is None or set(pair) != set(primary)]
     differences = {}
     for first, second in [*([primary] if primary else []), *wanted]:
-        seeds = by_seed[first].keys() & by_seed[second].keys()
+        seeds = by_seed.get(first, {}).keys() & by_seed.get(second, {}).keys()  # a declared one may not have run yet
         if seeds:
             differences[first, second] = estimate([by_seed[first][s] - by_seed[second][s] for s in sorted(seeds)])
     secondary = [pair for pair in differences if pair != primary]

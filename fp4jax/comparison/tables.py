@@ -114,7 +114,7 @@ def cost_table(records: Sequence[Record], baseline: str) -> Table:
     rows = []
     for name, value in seconds.items():
         of_recipe = [record for record in records if record.recipe == name]
-        reference = seconds[baseline]
+        reference = seconds.get(baseline)
         memory = max(record.peak_memory_bytes for record in of_recipe) / 1e9
         rows.append(
             (

@@ -120,8 +120,11 @@ def _generation_options(options: dict) -> tuple[tuple[str, ...], int, Sampling]:
     """(stop strings, most tokens, sampling) of a task's `generation_kwargs`."""
     stops = options.pop("until", ())
     max_tokens = options.pop("max_gen_toks", DEFAULT_MAX_TOKENS)
-    temperature = float(options.pop("temperature", 0.0))
+    # Hugging Face's defaults: greedy unless do_sample, which draws at temperature 1.
+    temperature = float(options.pop("temperature", 1.0 if options.get("do_sample") else 0.0))
     sampled = options.pop("do_sample", temperature > 0)
+    if sampled and temperature == 0:
+        raise ValueError("generation options do_sample=True and temperature=0 contradict each other: leave one out")
     sampling = Sampling(temperature, int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0)))
     if options:
         raise ValueError(

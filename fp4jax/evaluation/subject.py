@@ -58,7 +58,7 @@ def open_subject(
       recipe: by default that of the run's last step, "bf16" for a pretrained model.
       policy: which layers get it; by default the run's, "all_linear" for a pretrained model.
       batch_size: sequences in a batch, which is split over as many devices as divide it.
-      max_length: by default the run's `seq_len`, PRETRAINED_MAX_LENGTH for a pretrained model.
+      max_length: by default the run's `seq_len`; of a pretrained model its own, PRETRAINED_MAX_LENGTH at most.
       seed: of what the recipe draws in the forward; most draw nothing there.
 
     Raises:
@@ -92,7 +92,9 @@ def _pretrained(name: str, recipe: str, policy: str, batch_size: int, max_length
     mesh = make_mesh({"data": math.gcd(batch_size, jax.device_count()), "fsdp": 1, "tensor": 1})
     graphdef, state = nnx.split(loaded.model(policy=chosen))
     frozen = FrozenModel(nnx.merge(graphdef, jax.device_put(state, replicated(mesh))), seed)
-    return _subject(frozen, loaded.tokenizer, mesh, batch_size, max_length or PRETRAINED_MAX_LENGTH, about, seed)
+    own = loaded.origin.config_json.get("max_position_embeddings", PRETRAINED_MAX_LENGTH)
+    length = max_length or min(own, PRETRAINED_MAX_LENGTH)
+    return _subject(frozen, loaded.tokenizer, mesh, batch_size, length, about, seed)
 
 
 def _about(recipe: str, assigned: Mapping[str, Recipe], dtype: str) -> dict:

@@ -18,6 +18,7 @@ from fp4jax.models import hf_export, nvfp4_layout, saved_run
 from fp4jax.models.pretrained import LoadedModel, load_parameters
 from fp4jax.models.registry import name_of
 from fp4jax.recipes import Recipe
+from fp4jax.training.schedule import recipe_at
 
 FORMATS = ("safetensors", "nvfp4")
 DEFAULT_RECIPE, DEFAULT_POLICY = "nvfp4", "all_linear"
@@ -83,8 +84,8 @@ def _check_arguments(format: str, dtype: str | None, recipe: str | None, policy:
 def _recipes(loaded: LoadedModel, source: str, recipe: str | None, policy: str | None) -> Mapping[str, Recipe]:
     default = DEFAULT_RECIPE, DEFAULT_POLICY
     if saved_run.is_run(source):
-        run = saved_run.read_run_config(source)
-        default = run.recipe, run.policy
+        step, saved = saved_run.read_saved(source)
+        default = recipe_at(saved, step), saved.policy
     paths = loaded.config.linear_paths
     return policies.policy(policy or default[1], recipe or default[0], paths).assign(paths)
 

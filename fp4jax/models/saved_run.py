@@ -21,7 +21,12 @@ def is_run(path: str | os.PathLike) -> bool:
 
 
 def read_run_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """The configuration that the newest checkpoint was trained with.
+    """The configuration that the newest checkpoint was trained with; raises as `read_saved`."""
+    return read_saved(workdir)[1]
+
+
+def read_saved(workdir: str | os.PathLike) -> tuple[int, ml_collections.ConfigDict]:
+    """(steps done, configuration) of the newest checkpoint.
 
     Raises:
       CheckpointError: there is no checkpoint, or it cannot be read.
@@ -32,7 +37,7 @@ def read_run_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
         raise CheckpointError(f"{path} holds no checkpoint; train with this --workdir first")
     config = default_config()
     config.update(found[1])
-    return config
+    return found[0], config
 
 
 def model_config(config: ml_collections.ConfigDict, dtype: str) -> Qwen3Config:

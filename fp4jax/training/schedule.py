@@ -8,14 +8,14 @@ belongs to depends on its number and the configuration alone, so a resumed run i
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 import ml_collections
 
 from fp4jax import models
-from fp4jax.config import ConfigError
+from fp4jax.config import ConfigError, default_config
 from fp4jax.policy import RUN_RECIPE, self_contained
 from fp4jax.recipes import recipe
 
@@ -145,3 +145,10 @@ def _check_recipe(name: str, where: str) -> None:
         recipe(name)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def recipe_at(saved: Mapping | ml_collections.ConfigDict, step: int) -> str:
+    """The recipe that optimizer step `step` of a run with this configuration was trained with."""
+    config = default_config()
+    config.update(saved)
+    return phase_at(phases(config), step).recipe

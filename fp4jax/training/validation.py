@@ -18,7 +18,7 @@ from fp4jax.data.pipeline import open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.mesh import make_mesh, put_batch
-from fp4jax.training.schedule import phase_at, phases, settle
+from fp4jax.training.schedule import recipe_at, settle
 from fp4jax.training.state import ModelTemplate, Parameters, model_template, sharded_abstract_params
 from fp4jax.training.step import make_loss_step
 
@@ -94,7 +94,7 @@ def restore_run(
     if found is None:
         raise CheckpointError(f"{workdir} holds no checkpoint; train with this --workdir first")
     step, saved = found
-    trained_with = _recipe_at(saved, step)
+    trained_with = recipe_at(saved, step)
     changes = {"recipe": trained_with if recipe_name is None else recipe_name}
     changes |= {} if policy is None else {"policy": policy}
     config = _evaluation_config(saved, changes, batch_size, batches)
@@ -162,13 +162,6 @@ def _check_policy_follows(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"the run's policy gives layers {', '.join(sorted(others))} whatever --recipe says: evaluate without it"
         )
-
-
-def _recipe_at(saved: dict, step: int) -> str:
-    """The recipe that optimizer step `step` was trained with."""
-    config = default_config()
-    config.update(saved)
-    return phase_at(phases(config), step).recipe
 
 
 def _write(path: Path, evaluation: WorkdirEvaluation) -> None:

@@ -48,14 +48,17 @@ def test_a_config_that_cannot_run_is_refused(tmp_path):
 def test_what_was_declared_holds(tmp_path):
     comparison(tmp_path).declare()
     comparison(tmp_path, recipes=("bf16", "nvfp4", "averis"), seeds=(0, 1, 2)).declare()  # more of it
+    config = default_config()
+    config.update_from_flattened_dict({"log.every": 1, "checkpoint.every": 7})
+    comparison(tmp_path, config=config).declare()  # how it is written down
     for change, message in (
         ({"baseline": "nvfp4"}, "baseline bf16 → nvfp4"),
         ({"primary": ("nvfp4", "bf16")}, "primary None"),
     ):
         with pytest.raises(ValueError, match=message):
             comparison(tmp_path, **change).declare()
-    for key, value in (("steps", 7), ("batch_size", 16)):
+    for key, value in (("steps", 7), ("batch_size", 16), ("on_nonfinite", "skip"), ("evaluation.batches", 0)):
         config = default_config()
-        config[key] = value
-        with pytest.raises(ValueError, match=f"{key} .* → {value}; choose another"):
+        config.update_from_flattened_dict({key: value})
+        with pytest.raises(ValueError, match=f"{key} .* → {value!r}; choose another"):
             comparison(tmp_path, config=config).declare()

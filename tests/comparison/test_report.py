@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fp4jax.comparison import report
-from fp4jax.comparison.records import from_json, smoothed, to_json
+from fp4jax.comparison.plan import Run
+from fp4jax.comparison.records import from_json, load_record, smoothed, to_json
 from tests.comparison.records import record
 
 DECLARATION = {"baseline": "bf16", "primary": ["averis", "nvfp4"], "config": {"steps": 30}}
@@ -86,3 +87,24 @@ def test_records_survive_json():
 def test_smoothing_has_no_pull_of_its_start():
     assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
     assert smoothed([1.0, 2.0], weight=0.5) == pytest.approx([1.0, 5 / 3])
+
+
+def test_a_report_without_the_baseline_yet(tmp_path):
+    report.write(tmp_path, [record("nvfp4", 0, 5.0)], DECLARATION, "python -m fp4jax.compare", missing=3)
+    assert "3 runs are missing" in (tmp_path / "report.md").read_text()
+
+
+def test_steps_without_a_loss_and_runs_without_a_last_validation(tmp_path):
+    run = Run("nvfp4", 0, tmp_path)
+    made = to_json([record("nvfp4", 0, 5.0)])[0]
+    facts = {key: made[key] for key in ("peak_memory_bytes", "peak_memory_of", "device", "jax")}
+    (tmp_path / "summary.json").write_text(json.dumps(facts | {"diverged": None}))
+    lines = [{"step": 1, "loss": 8.0, "tokens": 9.0}, {"step": 2, "tokens": 9.0, "skipped": 1.0}]
+    lines.append({"step": 3, "loss": 7.0, "tokens": 9.0, "validation_loss": 7.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = load_record(run)
+    assert (found.steps, found.losses, found.validation_loss) == ([1, 3], [8.0, 7.0], 7.5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 6.0, "tokens": 9.0}) + "\n")
+    with pytest.raises(ValueError, match="no validation loss at its last step; delete"):
+        load_record(run)

@@ -126,3 +126,13 @@ def test_200_requests_of_smollm2_are_those_of_transformers():
     log_likelihoods = np.array([likelihood.log_likelihood for likelihood in found])
     np.testing.assert_allclose(log_likelihoods, data["log_likelihoods"], atol=1e-3)
     assert [likelihood.is_greedy for likelihood in found] == data["is_greedy"].tolist()
+
+
+def test_sampling_is_asked_for_or_not(lm_eval):
+    from fp4jax.evaluation.harness import GREEDY, _generation_options
+
+    assert _generation_options({})[2] == _generation_options({"do_sample": False, "temperature": 0.7})[2] == GREEDY
+    assert _generation_options({"do_sample": True})[2].temperature == 1
+    assert _generation_options({"temperature": 0.7})[2].temperature == 0.7
+    with pytest.raises(ValueError, match="contradict"):
+        _generation_options({"do_sample": True, "temperature": 0})

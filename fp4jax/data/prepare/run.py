@@ -71,7 +71,7 @@ def prepare(
                     for unit in pending:
                         prepare_unit(unit, state, tokenizer, filters, max_bad_fraction, _counted(counters, bar))
                         bar.unit_done()
-                else:
+                elif pending:
                     _in_processes(pending, state, min(workers, len(pending)), max_bad_fraction, counters, bar)
             _finish(state, max_bad_fraction, workers, started)
     report = Report.from_json((output / REPORT).read_bytes())

@@ -74,6 +74,20 @@ def test_workers_do_not_show(corpus_of_three, prepare_corpus, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_only_the_index_is_missing(corpus_of_three, prepare_corpus, tmp_path, monkeypatch):
+    """Every unit was done when it was stopped; there is nothing left for workers."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fp4jax.data.prepare.run._finish", stopped)
+        prepare_corpus()
+    prepare_corpus(workers=2)
+    prepare_corpus("expected")
+    assert contents(tmp_path / "set") == contents(tmp_path / "expected")
+
+
 def test_an_input_without_documents_has_no_shard(write_shard, texts, prepare_corpus, tmp_path):
     write_shard([], "corpus/0.jsonl.zst")
     write_shard(texts, "corpus/1.jsonl.zst")
