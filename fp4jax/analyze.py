@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from absl import logging
+
 from fp4jax import cli
 
 
@@ -98,4 +100,6 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
+    if cli.DEBUG not in sys.argv:
+        logging.set_verbosity(logging.FATAL)  # Orbax warns that it will not write
     sys.exit(main(sys.argv[1:]))

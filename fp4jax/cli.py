@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 DEBUG = "--debug"
@@ -46,6 +47,19 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str], interru
             raise
         print(describe(error), file=sys.stderr)
         return 1
+
+
+def output_folder(path: Path, flag: str = "--out") -> Path:
+    """Creates the folder for what a command writes.
+
+    Raises:
+      OSError: it cannot be made; names the flag.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{flag}={path} cannot be made: {error.strerror}; give another folder") from error
+    return path
 
 
 def describe(error: Exception, *expected: type[Exception]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from fp4jax.comparison import report
+from fp4jax.comparison import report, tables
 from fp4jax.comparison.execute import execute, is_finished
 from fp4jax.comparison.plan import Comparison
 from fp4jax.comparison.records import load_record
@@ -68,6 +68,9 @@ def _report(comparison: Comparison) -> None:
         page = report.write(
             comparison.workdir, found, comparison.declaration(), command, missing=len(runs) - len(finished)
         )
+        primary = comparison.primary
+        for line in tables.headline(found, comparison.baseline, primary):
+            print(line.replace("`", "").replace("**", ""))
         print(f"{len(finished)} of {len(runs)} runs; report: {page}")
 
 

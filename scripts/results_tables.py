@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path.write_text(made, encoding="utf-8")
     if stale:
         print(f"{'not current' if check else 'rewritten'}: {', '.join(stale)}")
+    else:
+        print("every table is what its JSON says")
     return int(check and bool(stale))
 
 

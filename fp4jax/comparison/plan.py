@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -93,17 +93,19 @@ class Comparison:
         """Writes the declaration, or holds this comparison to the one that is there; recipes and seeds may be added.
 
         Raises:
-          ValueError: the folder holds another comparison; lists what differs.
+          ValueError: the folder holds another comparison, and what differs is listed; or something else.
         """
         path = self.workdir / DECLARATION
         declared = self.declaration()
         if not path.exists():
+            if self.workdir.is_dir() and any(self.workdir.iterdir()):
+                raise ValueError(f"{self.workdir} holds something that is no comparison; choose another --workdir")
             self.workdir.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(declared, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, ("baseline", "primary", "config"))
         differing = [
             f"{key} {found[key]} → {declared[key]}" for key in ("baseline", "primary") if found[key] != declared[key]
         ]
@@ -113,6 +115,22 @@ class Comparison:
             raise ValueError(
                 f"{self.workdir} holds a comparison that differs in: {'; '.join(differing)}; choose another --workdir"
             )
+
+
+def read_json(path: Path, keys: Sequence[str]) -> dict:
+    """An object with these keys, in a file that a comparison wrote.
+
+    Raises:
+      ValueError: it is not what was written; names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict) and set(keys) <= value.keys():
+            return value
+        problem = f"no object with {', '.join(keys)}"
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(f"{path} is damaged ({problem}); restore it, or choose another --workdir")
 
 
 def load_config(values: dict) -> ml_collections.ConfigDict:

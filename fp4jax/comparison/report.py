@@ -4,7 +4,6 @@ Everything is made from comparison.json, which holds every number of every run: 
 makes the rest of it again.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from fp4jax.comparison import figures, records, tables
 from fp4jax.comparison.pages import Page, Section, html, markdown
+from fp4jax.comparison.plan import read_json
 from fp4jax.comparison.records import Record
 from fp4jax.comparison.run import write_atomically
 
@@ -38,7 +38,7 @@ def redraw(workdir: Path) -> Path:
     """
     if not (workdir / NUMBERS).exists():
         raise ValueError(f"{workdir} holds no {NUMBERS}: make the comparison first")
-    value = json.loads((workdir / NUMBERS).read_text(encoding="utf-8"))
+    value = read_json(workdir / NUMBERS, ("command", "declaration", "missing_runs", "runs"))
     found, declaration = records.from_json(value["runs"]), value["declaration"]
     drawn = figures.draw(found, declaration["baseline"])
     page = _page(found, declaration, value["command"], value["missing_runs"], drawn)

@@ -52,7 +52,7 @@ def find_shards(source: str | os.PathLike, suffixes: tuple[str, ...] = SUFFIXES)
     if not matches:
         raise DataError(
             f"data source {str(source)!r}: no such file or folder, and no file matches it as a glob; "
-            f"give 'embedded', a folder, or a glob of {'/'.join(suffixes)} files"
+            f"give 'embedded', a folder, a glob of {'/'.join(suffixes)} files, or weighted ones: A:0.7,B:0.3"
         )
     for match in matches:
         if not match.name.endswith(suffixes):

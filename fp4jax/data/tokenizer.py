@@ -78,8 +78,10 @@ def main(arguments: Sequence[str]) -> None:
     if not counts["documents"]:
         raise DataError(f"--source={flags.source} has no document in its training split to learn from")
     write_tokenizer(tokenizer, path)
+    entries = tokenizer.get_vocab_size()
+    short = f" (not {flags.vocab_size:,}: the text has no more pairs that repeat)" if entries < flags.vocab_size else ""
     print(
-        f"{path}: {tokenizer.get_vocab_size():,} entries, learned from {counts['characters']:,} characters in "
+        f"{path}: {entries:,} entries{short}, learned from {counts['characters']:,} characters in "
         f"{counts['documents']:,} documents of {flags.source}"
     )
 

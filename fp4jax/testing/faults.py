@@ -26,7 +26,11 @@ OUTPUT = flags.DEFINE_string("output", None, "JSON file with what happened.")
 
 def main() -> None:
     """Runs, prints a line and writes the JSON; raises ValueError if the runs differ."""
-    config = CONFIG.value if CONFIG.value is not None else tiny_config(KILLS.value)
+    config = CONFIG.value
+    if config is None:
+        config = tiny_config(KILLS.value)
+    elif not (path := Path(config_flags.get_config_filename(flags.FLAGS["config"]))).is_file():
+        raise ValueError(f"--config={path}: there is no such file")
     outcome = kill_and_compare(config, Path(WORKDIR.value), KILLS.value, SEED.value)
     if OUTPUT.value:
         path = Path(OUTPUT.value)

@@ -75,12 +75,11 @@ def kill_and_compare(config: ml_collections.ConfigDict, workdir: Path, kills: in
     """Runs `config` once undisturbed and once with `kills` SIGKILLs, both in new folders of `workdir`.
 
     Raises:
-      ValueError: the run is over before the last kill, or a folder is there already.
+      ValueError: the run is over before the last kill, or the folder holds something already.
     """
     whole, killed, cache = (Path(workdir).absolute() / name for name in ("undisturbed", "killed", "cache"))
-    for folder in (whole, killed):
-        if folder.exists():
-            raise ValueError(f"{folder} exists; give another --workdir or delete it")
+    if Path(workdir).exists() and any(Path(workdir).iterdir()):
+        raise ValueError(f"{workdir} is not empty; give another --workdir or delete it")
     os.environ["FP4JAX_CACHE"] = str(cache)
     start = time.perf_counter()
     outcome = Outcome(kills, seed)

@@ -62,3 +62,16 @@ def test_what_was_declared_holds(tmp_path):
         config.update_from_flattened_dict({key: value})
         with pytest.raises(ValueError, match=f"{key} .* → {value!r}; choose another"):
             comparison(tmp_path, config=config).declare()
+
+
+def test_folders_and_files_of_something_else(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something that is no comparison; choose another --workdir"):
+        comparison(tmp_path / "other").declare()
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine.txt"]
+    comparison(tmp_path / "mine").declare()
+    for damaged in ("", '{"baseline": ', "[1]", '{"a": 1}'):
+        (tmp_path / "mine" / "declaration.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"declaration.json is damaged \(.*\); restore it, or choose another"):
+            comparison(tmp_path / "mine").declare()

@@ -17,7 +17,7 @@ from jaxtyping import Int32
 from fp4jax import recipes
 from fp4jax.analysis.geometry import experiments, figures
 from fp4jax.analysis.geometry.tables import Grid, Table, render
-from fp4jax.cli import Parser
+from fp4jax.cli import Parser, output_folder
 
 JUDGED_BY = 3.0  # standard errors
 _BRIDGED = ("nvfp4", "averis", "ternary")  # the recipes, with those that begin with such a name, of the bridge
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
       OSError: a folder that cannot be written.
     """
     options = _parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    output_folder(options.out)
     start = time.perf_counter()
     tables = []
     for table in _of_model(options) if options.model else _of_theory(options):

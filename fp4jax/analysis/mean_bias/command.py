@@ -18,8 +18,9 @@ from fp4jax.analysis.mean_bias.capture import SITES, capture
 from fp4jax.analysis.mean_bias.measure import measure, whitened_ratios
 from fp4jax.analysis.mean_bias.optimizer import second_moment_share
 from fp4jax.analysis.mean_bias.subject import Subject, checkpoints, pretrained
-from fp4jax.cli import Parser
+from fp4jax.cli import Parser, output_folder
 from fp4jax.training.compilation import enable_compilation_cache
+from fp4jax.training.metrics import read_metrics
 
 
 class _View(NamedTuple):
@@ -67,19 +68,20 @@ def _run(name: str, arguments: Sequence[str]) -> None:
       OSError: a folder that cannot be written, a run without metrics.
     """
     options, view = _parse(name, arguments), _VIEWS[name]
-    options.out.mkdir(parents=True, exist_ok=True)
+    losses = _with_metrics(options.losses) if name == "figures" and options.losses else []
     enable_compilation_cache()
     start, cpu = time.perf_counter(), time.process_time()
     results = {}
     for subject in _subjects(options):
+        output_folder(options.out)
         results[subject.name] = result = _measure(subject, view, options.skip)
         for table in view.tables:
             print(f"\n{subject.name}, {subject.chunks.size:,} tokens\n{getattr(tables, table)(result)}", flush=True)
     drawn = [figures.draw(figure, results, options.out).name for figure in view.figures]
     if name == "figures":
         figures.draw_theorems(options.out / "theorems.png")
-        if options.losses:
-            figures.draw_losses([Path(w) for w in options.losses.split(",")], options.out / "fig5.png")
+        if losses:
+            figures.draw_losses(losses, options.out / "fig5.png")
     record = {
         "command": " ".join([f"python -m fp4jax.analyze {name}", *arguments]),
         "jax": jax.__version__,
@@ -107,13 +109,21 @@ def _parse(name: str, arguments: Sequence[str]) -> Any:
     options = parser.parse_args(list(arguments))
     if (options.model is None) == (options.workdir is None):
         parser.error("what is to be measured: give --model or --workdir, one of them")
-    if options.tokens < 1 or (options.seq_len is not None and options.seq_len < 2):
-        parser.error(
-            f"--tokens must be at least 1 and --seq_len at least 2, got {options.tokens} and {options.seq_len}"
-        )
+    if options.tokens < 1:
+        parser.error(f"--tokens must be at least 1, got {options.tokens}")
+    if options.seq_len is not None and options.seq_len < 2:
+        parser.error(f"--seq_len must be at least 2, got {options.seq_len}")
     if not 0 <= options.skip < (options.seq_len or 2**31):
         parser.error(f"--skip must be at least 0 and below --seq_len, got {options.skip}")
     return options
+
+
+def _with_metrics(workdirs: str) -> list[Path]:
+    found = [Path(workdir) for workdir in workdirs.split(",")]
+    for workdir in found:
+        if not read_metrics(workdir):
+            raise ValueError(f"--losses: {workdir} holds no metrics of a run; give workdirs of train.py, with commas")
+    return found
 
 
 def _subjects(options: Any) -> Iterator[Subject]:

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from fp4jax.analysis.ptq.figures import draw
 from fp4jax.analysis.ptq.measure import Measurement, Sample, measure
 from fp4jax.analysis.ptq.table import render
-from fp4jax.cli import Parser
+from fp4jax.cli import Parser, output_folder
 from fp4jax.config import default_config
 from fp4jax.data.held_out import held_out_text
 from fp4jax.models.pretrained import LoadedModel, load_parameters
@@ -75,7 +75,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         options.seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds must be whole numbers with commas between them, got {options.seeds!r}")
-    options.out.mkdir(parents=True, exist_ok=True)
+    output_folder(options.out)
     return options
 
 

@@ -23,7 +23,7 @@ from fp4jax.analysis.sensitivity.ranking import (
     rank,
 )
 from fp4jax.analysis.sensitivity.scan import Choice, Meter, Scan, blocks, layers, scan, types
-from fp4jax.cli import Parser
+from fp4jax.cli import Parser, output_folder
 from fp4jax.models.qwen3 import LINEARS, Qwen3
 from fp4jax.policy import policy
 from fp4jax.training.compilation import enable_compilation_cache
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     start = time.perf_counter()
     subject = _subject(options)
     _check_seeds(subject, options.seeds)
-    options.out.mkdir(parents=True, exist_ok=True)
+    output_folder(options.out)
     rows, length = subject.batches[0]["tokens"].shape
     print(
         f"{subject.name}, recipe {subject.recipe.name}, one part at a time; held-out text: {len(subject.batches)} x "

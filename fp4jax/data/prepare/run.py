@@ -144,7 +144,7 @@ def _finish(state: State, max_bad_fraction: float, workers: int, started: float)
         first = next(unit.first_bad for unit in facts if unit.first_bad)
         raise DataError(
             f"{bad:,} of {read:,} records hold no document, more than --max_bad_fraction={max_bad_fraction:g} allows; "
-            f"the first is {first}; mend the input, set --text_key, or raise --max_bad_fraction"
+            f"the first is {first}; mend the input, set --text_key (with another --output), or raise --max_bad_fraction"
         )
     prepared = PreparedSet(
         folder=state.output,
