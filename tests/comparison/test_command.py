@@ -45,9 +45,9 @@ def test_a_run_that_fails_names_its_log_and_one_that_diverges_is_a_result(tmp_pa
     failed = compare(tmp_path / "failed", "--recipes=bf16,nvfp4", **{"data.source": tmp_path / "nowhere"})
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "nowhere" in failed.stderr and "log.txt" in failed.stderr
-    diverged = compare(tmp_path, "--recipes=bf16,nvfp4", **{"optimizer.learning_rate": 1e38})
+    diverged = compare(tmp_path / "diverged", "--recipes=bf16,nvfp4", **{"optimizer.learning_rate": 1e38})
     assert diverged.returncode == 0, diverged.stderr
-    assert "Diverged: `bf16` (seed 0), `nvfp4` (seed 0)." in (tmp_path / "report.md").read_text()
+    assert "Diverged: `bf16` (seed 0), `nvfp4` (seed 0)." in (tmp_path / "diverged/report.md").read_text()
 
 
 @pytest.mark.parametrize(
