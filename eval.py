@@ -12,8 +12,9 @@ import sys
 
 from absl import flags
 
+from fp4jax import distributed
 from fp4jax.training import evaluate_workdir
-from fp4jax.training.command import run
+from fp4jax.training.launch import run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 MODEL = flags.DEFINE_string("model", None, "With --tasks, instead of --workdir: smollm2-135m, or a model's file.")
@@ -35,6 +36,8 @@ def main() -> None:
     if TASKS.value is not None:
         if BATCHES.value is not None:
             raise ValueError("--batches is for the validation loss; with --tasks, --limit counts documents")
+        if distributed.several():
+            raise ValueError("--tasks runs in a single process; leave --coordinator away, or start one task")
         from fp4jax.evaluation.command import evaluate_tasks  # on demand: it needs more packages
 
         evaluate_tasks(
@@ -48,7 +51,9 @@ def main() -> None:
         raise ValueError(f"{', '.join(given)}: for downstream tasks, and --tasks is missing (--tasks=all: all seven)")
     if WORKDIR.value is None:
         raise ValueError("--workdir is missing; it is the folder that train.py wrote")
-    print(evaluate_workdir(WORKDIR.value, RECIPE.value, BATCHES.value))
+    evaluation = evaluate_workdir(WORKDIR.value, RECIPE.value, BATCHES.value)
+    if distributed.is_first():
+        print(evaluation)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fp4jax.training import train
-from fp4jax.training.command import run
+from fp4jax.training.launch import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's configuration.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<name of the config file>.")

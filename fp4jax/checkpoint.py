@@ -21,6 +21,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from fp4jax import distributed
 from fp4jax.checksums import MANIFEST, find_damage, with_checksums
 from fp4jax.config import default_config, flatten
 from fp4jax.retention import retention
@@ -45,7 +46,6 @@ STORAGE_TROUBLE = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|Permission denied|Read-only file system|"
     r"Input/output error|Stale file handle"
 )
-
 
 RERUN = "; free space and rerun the same command to go on"
 
@@ -149,8 +149,12 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """Returns the steps done in the newest complete and undamaged checkpoint; None without one.
 
-        A damaged one that is newer is named on stderr.
+        A damaged one that is newer is named on stderr. Of several processes the first looks, for all of them.
         """
+        return distributed.from_first(self._newest_undamaged() if distributed.is_first() else 0) or None
+
+    def _newest_undamaged(self) -> int:
+        """0: there is none."""
         for step in reversed(self.steps()):
             if step not in self._trusted:
                 damage = _find_damage(self.directory / str(step))
@@ -159,7 +163,7 @@ class Checkpointer:
                     continue
                 self._trusted.add(step)
             return step
-        return None
+        return 0
 
     def steps(self) -> list[int]:
         """Returns the steps done of every complete checkpoint, ascending."""
@@ -188,9 +192,9 @@ class Checkpointer:
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of more than `step` steps: the run goes back and takes another way."""
         self.wait()
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+        # The others' lists may hold what is being deleted.
+        while (latest := distributed.from_first(max(self.steps(), default=0))) > step:
+            self._manager.delete(latest)
 
     def restore(self, params: PyTree, optimizer: PyTree, *, step: int | None = None) -> tuple[PyTree, PyTree, dict]:
         """Restores a checkpoint into these shapes and shardings; returns (params, optimizer, data position).
@@ -245,10 +249,12 @@ class Checkpointer:
         if not self._manager.is_saving_in_progress():
             self.wait()
 
-    def steps_before(self, step: int) -> list[int]:
-        """Steps of the undamaged checkpoints of at most `step` steps, oldest first."""
+    def newest_until(self, step: int) -> int:
+        """Steps of the newest undamaged checkpoint of at most `step` steps; 0 without one."""
         self.wait()
-        return [saved for saved in self.steps() if saved <= step and not _find_damage(self.directory / str(saved))]
+        saved = [saved for saved in reversed(self.steps()) if saved <= step and distributed.is_first()]
+        whole = (saved for saved in saved if not _find_damage(self.directory / str(saved)))
+        return distributed.from_first(next(whole, 0))
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -285,8 +291,9 @@ class Checkpointer:
                 yield
         except StorageError:
             # What was written of it takes the space that the next save needs.
-            for unfinished in self.directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            if distributed.is_first():
+                for unfinished in self.directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
     def _what_is_left(self) -> str:
@@ -333,13 +340,14 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict, allow_chang
 
 
 def set_aside_damaged(workdir: Path, done: int) -> None:
-    """Moves the checkpoints of more than `done` steps, which are damaged, out of the way of a run that goes on."""
+    """Moves the checkpoints of more than `done` steps, which are damaged, out of the way; all processes wait for it."""
     for step in _steps_in(workdir / "checkpoints"):
-        if step > done:
+        if step > done and distributed.is_first():
             target = workdir / DAMAGED / str(step)
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             os.rename(workdir / "checkpoints" / str(step), target)
+    distributed.barrier("damaged checkpoints are set aside")
 
 
 def _find_damage(checkpoint: Path) -> str | None:
@@ -358,7 +366,7 @@ def _steps_in(directory: Path) -> list[int]:
 
 def _warn(message: str) -> None:
     """One line on stderr, once: the libraries' own log is silent there."""
-    if message not in _warned:
+    if message not in _warned and distributed.is_first():
         _warned.add(message)
         print(f"warning: {message}", file=sys.stderr)
 

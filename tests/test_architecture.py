@@ -48,6 +48,7 @@ LEVELS = {
     "fp4jax.checkpoint": 4,
     "fp4jax.checksums": 4,
     "fp4jax.retention": 4,
+    "fp4jax.distributed": 0,
     "fp4jax.models": 4,
     "fp4jax.models.convert": 6,
     "fp4jax.generation": 4,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from fp4jax import distributed
 from fp4jax.cli import describe
 from fp4jax.config import check_overrides
 from fp4jax.training.preemption import Preempted
@@ -35,10 +36,11 @@ def run(main: Callable[[], None], arguments: Sequence[str] = sys.argv) -> int:
         print("interrupted; rerun the same command to go on from the last checkpoint", file=sys.stderr)
         return 130
     except Preempted as stopped:
-        print(stopped, file=sys.stderr)
+        if distributed.is_first():
+            print(stopped, file=sys.stderr)
         return stopped.exit_code
     except Exception as error:
         if debug:
             raise
-        print(describe(error, flags.Error), file=sys.stderr)
+        print(f"{distributed.prefix()}{describe(error, flags.Error)}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from fp4jax import models
+from fp4jax import distributed, models
 from fp4jax.dot import implementation
 from fp4jax.policy import describe
 from fp4jax.recipes import Recipe, recipe
@@ -23,7 +23,7 @@ MAX_POLICY = 60
 
 def make_console() -> Console:
     """Returns the console of process 0; the other processes print nothing."""
-    console = Console(highlight=False, quiet=jax.process_index() != 0)
+    console = Console(highlight=False, quiet=not distributed.is_first())
     if not console.is_terminal:
         console.width = max(console.width, 120)
     return console

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import jax
 import ml_collections
 from rich.console import Console
 
+from fp4jax import distributed
 from fp4jax.checkpoint import RERUN, StorageError
 from fp4jax.data.pipeline import Dataset
 from fp4jax.training.divergence import EventLog, SpikeDetector
@@ -32,7 +32,7 @@ class Incidents:
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, console: Console, data: Dataset, done: int):
         self._config, self._console, self._data = config, console, data
-        self._events = EventLog(workdir, done, write=jax.process_index() == 0)
+        self._events = EventLog(workdir, done, write=distributed.is_first())
         self._spikes = SpikeDetector(config.divergence.spike)
 
     def judge(self, step: int, batch: int, values: Mapping[str, float], saved: Callable) -> None:

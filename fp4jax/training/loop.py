@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from fp4jax import models
+from fp4jax import distributed, models
 from fp4jax.checkpoint import (
     Checkpointer,
     StorageError,
@@ -36,10 +36,10 @@ from fp4jax.training.console import ProgressBar, make_console, start_table
 from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
 from fp4jax.training.health import HealthMonitor
 from fp4jax.training.incidents import Incidents, NonFiniteLossError
-from fp4jax.training.mesh import make_mesh, put_batch
+from fp4jax.training.mesh import batch_share, make_mesh, put_batch
 from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.optimizer import make_optimizer
-from fp4jax.training.preemption import Preempted, StopRequest, listening
+from fp4jax.training.preemption import Agreement, Preempted, StopAt, listening
 from fp4jax.training.schedule import ByPhase, Phase, phase_at, phases, settle
 from fp4jax.training.state import ModelTemplate, TrainState, create_state, model_template, sharded_abstract_state
 from fp4jax.training.step import Metrics, make_loss_step, make_train_step
@@ -72,6 +72,7 @@ def train(
     validate(config, jax.device_count())
     config = settle(config)
     workdir = prepare_workdir(workdir)
+    distributed.check_shared(workdir)
     done = check_same_run(workdir, config, allow_config_change)
     if done >= config.steps:
         console.print(f"{workdir} is done: {done:,} of {config.steps:,} steps. A larger --config.steps continues it.")
@@ -84,11 +85,10 @@ def train(
         )
     run = _prepare(config, workdir, console)
     run.describe(done)
-    if jax.process_index() == 0:
-        set_aside_damaged(workdir, done)
+    set_aside_damaged(workdir, done)
     with (
         Checkpointer(workdir, **run.checkpoint_options()) as checkpointer,
-        MetricsWriter(workdir, done) if jax.process_index() == 0 else contextlib.nullcontext() as writer,
+        MetricsWriter(workdir, done) if distributed.is_first() else contextlib.nullcontext() as writer,
     ):
         incidents = Incidents(config, workdir, console, run.training_data, done)
         _Loop(run, checkpointer, writer, incidents).run(done)
@@ -144,6 +144,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: Path, console: Console)
     optimizer = make_optimizer(config, template.logical_axes)
     target = sharded_abstract_state(template, optimizer, mesh)
     check_space(workdir, target)
+    index, count = batch_share(mesh)
     training_data, validation_data = (
         open_dataset(
             config.data,
@@ -151,8 +152,8 @@ def _prepare(config: ml_collections.ConfigDict, workdir: Path, console: Console)
             batch_size=config.batch_size,
             seed=config.seed,
             split=split,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
         )
         for split in ("train", "validation")
     )
@@ -193,15 +194,16 @@ class _Loop:
         with (
             ProgressBar(self.static.console, config.steps, done, config.log.progress) as bar,
             self.watchdog,
-            listening(jax.process_count()) as stop,
+            listening() as request,
         ):
+            stop = Agreement(request, self.static.mesh) if distributed.several() else request.asked
             while (failure := self._run_from(done, state, position, bar, stop)) is not None:
                 # The state that is not finite must be gone before another is restored.
                 del state
                 done, state, position = self._roll_back(failure)
 
     def _run_from(
-        self, done: int, state: TrainState, position: dict | None, bar: ProgressBar, stop: StopRequest
+        self, done: int, state: TrainState, position: dict | None, bar: ProgressBar, stop: StopAt
     ) -> NonFiniteLossError | None:
         """The steps after `done`; returns what is to be rolled back, None when all are done."""
         try:
@@ -213,7 +215,7 @@ class _Loop:
             return error.with_traceback(None)
         return None
 
-    def _steps(self, done: int, state: TrainState, batches: BatchIterator, bar: ProgressBar, stop: StopRequest) -> None:
+    def _steps(self, done: int, state: TrainState, batches: BatchIterator, bar: ProgressBar, stop: StopAt) -> None:
         static, config = self.static, self.static.config
         passed_over = batches.get_state()["next_batch"] - done
         running: _Running | None = None
@@ -234,7 +236,7 @@ class _Loop:
             if running:
                 self._report(running, bar)
             running = _Running(step, step - 1 + passed_over, metrics)
-            stopping = stop.signum
+            stopping = stop()
             validates = step % config.evaluation.every == 0 or step == config.steps
             saves = step % config.checkpoint.every == 0 or step == config.steps or stopping is not None
             if validates or saves or step == phase.last:
@@ -276,7 +278,7 @@ class _Loop:
         self.watchdog.beat("a rollback")
         self._check_saves(failure.step, self.checkpointer.wait)
         latest = failure.step - self.static.config.divergence.rollback_steps
-        done = max(self.checkpointer.steps_before(latest), default=0)
+        done = self.checkpointer.newest_until(latest)
         state, position = self._first_state(done)
         if position is None:
             with contextlib.closing(self.static.training_data.batches()) as batches:

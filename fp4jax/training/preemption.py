@@ -9,9 +9,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+StopAt = Callable[[], int | None]
+"""Asked once a step: the signal after which the run stops when that step has ended, None without one."""
 
 
 class Preempted(Exception):
@@ -29,6 +37,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
 
+    def asked(self) -> int | None:
+        """The signal after which the run stops when the step that was just given to the device has ended, or None."""
+        return self.signum
+
     def received(self, signum: int) -> None:
         """The first one is remembered, the second ends the process: checkpoints are renamed into place when whole."""
         name = signal.Signals(signum).name
@@ -39,15 +51,35 @@ class StopRequest:
         print(f"{name}: saving after this step; a second signal ends the run at once", file=sys.stderr, flush=True)
 
 
+class Agreement:
+    """Several processes stop after the same step: one that stopped alone would leave the others in a collective.
+
+    Every step they give the device the largest signal of them all to find, and read what it found the step before. So
+    the device is never waited for, and all read the same.
+    """
+
+    def __init__(self, request: StopRequest, mesh: Mesh):
+        self._request, self._count = request, mesh.size
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._asked: jax.Array | None = None
+
+    def __call__(self) -> int | None:
+        """As `StopRequest.asked`; all processes have to call it, once a step."""
+        own = np.full(1, self._request.signum or 0, np.int32)
+        signals = jax.make_array_from_callback((self._count,), self._sharding, lambda _: own)
+        asked, self._asked = self._asked, self._largest(signals)
+        return None if asked is None else int(asked) or None
+
+
 @contextlib.contextmanager
-def listening(processes: int = 1) -> Iterator[StopRequest]:
+def listening() -> Iterator[StopRequest]:
     """Listens for SIGNALS in the block; afterwards they do what they did before.
 
-    Signals reach the main thread alone: in another one nothing is listened for. Neither is it in a run of several
-    `processes`, which would have to agree on the step: one that stops alone leaves the others in a collective.
+    Signals reach the main thread alone: in another one nothing is listened for.
     """
     request = StopRequest()
-    if processes > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
     read_end, write_end = os.pipe()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -96,7 +97,7 @@ def create_state(
     if config.init_from:
         params = jax.device_put(pretrained_parameters(config), shardings.params)
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
+        return TrainState(jax.device_put(np.int32(0), shardings.step), params, opt_state)
 
     def initialize(seed: Int32[Array, ""]) -> TrainState:
         model = models.build(config, nnx.Rngs(jax.random.key(seed)))
@@ -104,7 +105,7 @@ def create_state(
         params = dict(zip(template.names, leaves, strict=True))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(initialize, out_shardings=shardings)(jnp.asarray(config.seed, jnp.int32))
+    return jax.jit(initialize, out_shardings=shardings)(np.int32(config.seed))
 
 
 def abstract_state(template: ModelTemplate, optimizer: optax.GradientTransformation) -> TrainState:

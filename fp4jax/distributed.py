@@ -1,0 +1,177 @@
+"""Several processes of one run: how they find one another, agree, and leave. In a single process all of it is free.
+
+JAX's distributed runtime does the work: a coordinator in process 0 that the others register with, heartbeats between
+them, collectives on the devices. On CPUs these are gloo's, whose order of additions depends on the devices alone, not
+on how many processes they are spread over.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+JAX_WAITS_LONGER = 60
+"""Seconds: it must not give up first."""
+
+
+class ProcessesError(ValueError):
+    """Processes that cannot become one run; one line."""
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 300,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Makes this process one of a run's, as the arguments or the launcher say; before anything else of JAX is used.
+
+    Without arguments SLURM, Open MPI, Kubernetes and TPU are asked, through JAX; a process that none of them started
+    with others stays alone, and nothing is initialized.
+
+    Args:
+      coordinator: "host:port" of process 0, which listens there.
+      num_processes, process_id: all of them, and which one this is, from 0.
+      timeout: seconds to wait for the other processes.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead, and JAX ends the others.
+
+    Raises:
+      ProcessesError: arguments that are half given or contradict one another, a coordinator that cannot be reached.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given) and not launched(os.environ):
+        return
+    arguments = {}
+    if len(missing) < len(given):
+        if missing:
+            raise ProcessesError(
+                f"{', '.join(missing)} missing: by hand every process takes --coordinator=HOST:PORT (of process 0), "
+                "--num_processes and --process_id; under SLURM, Open MPI, Kubernetes or on TPUs none of them"
+            )
+        _check(coordinator, num_processes, process_id)
+        arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM for itself; see fp4jax.training.preemption.
+    jax.config.update("jax_enable_preemption_service", False)
+    with _patience(timeout, coordinator or "the one that the launcher gives"):
+        try:
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=timeout + JAX_WAITS_LONGER,
+                heartbeat_timeout_seconds=heartbeat_timeout,
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ProcessesError(
+                f"the processes cannot be joined ({reason}); by hand: --coordinator=HOST:PORT with a free port of "
+                "process 0's machine, --num_processes, --process_id"
+            ) from error
+
+
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process as one of several, or may have: on TPUs JAX has to look itself."""
+    if environment.get("SLURM_STEP_NODELIST") and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        return True
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return True
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return True
+    return _on_tpu()
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what is written once: metrics, the console, evaluations."""
+    return not several() or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if several():
+        multihost_utils.sync_global_devices(name)
+
+
+def from_first(value: int) -> int:
+    """Returns process 0's value on all of them; below 2^31. All processes have to call it."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if several() else value
+
+
+def everywhere(condition: bool) -> bool:
+    """Returns whether it is true in every process. All processes have to call it."""
+    return bool(multihost_utils.process_allgather(np.asarray(condition)).all()) if several() else condition
+
+
+def check_shared(folder: Path) -> None:
+    """Raises ProcessesError in all processes if one of them does not see what process 0 writes in `folder`."""
+    if not several():
+        return
+    mark = folder / f".seen-by-all-{from_first(int.from_bytes(os.urandom(3)))}"
+    if is_first():
+        mark.touch()
+    barrier("a mark in the shared folder")
+    seen = everywhere(mark.exists())
+    if is_first():
+        mark.unlink()
+    if not seen:
+        raise ProcessesError(f"{folder} is not the same folder in all processes; give a --workdir on shared storage")
+
+
+def prefix() -> str:
+    """What an error message of one of several processes begins with; empty in process 0 and in a single one."""
+    return "" if is_first() else f"process {jax.process_index()} of {jax.process_count()}: "
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+        raise ProcessesError(f"--coordinator={coordinator}: it is HOST:PORT of process 0, such as 10.0.0.1:9876")
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise ProcessesError(
+            f"--process_id={process_id} with --num_processes={num_processes}: it is from 0 to {num_processes - 1}"
+            if num_processes > 0
+            else f"--num_processes={num_processes}: it is at least 1"
+        )
+
+
+@contextlib.contextmanager
+def _patience(seconds: float, coordinator: str) -> Iterator[None]:
+    """Ends the process if the block takes longer: JAX would abort it with a stack of C++ functions."""
+
+    def give_up() -> None:
+        print(
+            f"error: coordinator {coordinator}: it was not reached, or not all processes were there, in {seconds:g} s; "
+            "start all of them with the same --coordinator and --num_processes, open its port, or wait longer: "
+            "--coordinator_timeout",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _on_tpu() -> bool:
+    devices = Path("/dev")
+    return importlib.util.find_spec("libtpu") is not None and any(
+        any(devices.glob(pattern)) for pattern in ("accel*", "vfio/[0-9]*")
+    )
