@@ -8,6 +8,7 @@ on how many processes they are spread over.
 import contextlib
 import importlib.util
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,12 @@ JAX_WAITS_LONGER = 60
 """Seconds: it must not give up first."""
 
 
+LOST = re.compile(r"Gloo|NCCL|coordination service|heartbeat|Connection (reset|closed|refused)|UNAVAILABLE")
+"""What JAX's errors say when another process has ended in the middle of something that takes all."""
+
+
 class ProcessesError(ValueError):
-    """Processes that cannot become one run; one line."""
+    """Processes that cannot become one run, or are one no longer; one line."""
 
 
 def start(
@@ -128,6 +133,26 @@ def check_shared(folder: Path) -> None:
         mark.unlink()
     if not seen:
         raise ProcessesError(f"{folder} is not the same folder in all processes; give a --workdir on shared storage")
+
+
+@contextlib.contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turns JAX's error for a process that is gone into one line.
+
+    Not all ways of waiting for it end in an error: for the others, JAX ends the process after `heartbeat_timeout`.
+
+    Raises:
+      ProcessesError: another process ended while the block ran.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not (several() and LOST.search(str(error))):
+            raise
+        raise ProcessesError(
+            f"another process has ended, or cannot be reached any more ({str(error).splitlines()[0][:200]}); its own "
+            "message says why. Rerun the same command in all processes to go on from the last checkpoint"
+        ) from error
 
 
 def prefix() -> str:

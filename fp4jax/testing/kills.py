@@ -6,9 +6,11 @@ takes a second or two; compiled programs come from the persistent cache.
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import signal
+import socket
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -20,7 +22,7 @@ import numpy as np
 
 from fp4jax.config import default_config
 from fp4jax.testing import victim
-from fp4jax.testing.victim import Kill
+from fp4jax.testing.victim import Kill, Member
 from fp4jax.training.divergence import read_events
 from fp4jax.training.metrics import read_metrics
 
@@ -29,8 +31,11 @@ LIFE_SECONDS = 1800.0
 DETERMINISTIC = ("step", "loss", "grad_norm", "learning_rate", "tokens", "validation_loss")
 
 
-def tiny_config(kills: int) -> ml_collections.ConfigDict:
-    """A run of 6 steps a kill, with a checkpoint every 5 steps: one layer in FP4 with stochastic rounding."""
+def tiny_config(kills: int, processes: int = 1) -> ml_collections.ConfigDict:
+    """A run of 6 steps a kill, with a checkpoint every 5 steps: one layer in FP4 with stochastic rounding.
+
+    Several processes share the parameters, half of their devices each, and the batch.
+    """
     config = default_config()
     config.recipe, config.steps, config.microbatches = "averis", 6 * kills + 10, 2
     config.batch_size, config.seq_len = 4, 32
@@ -39,6 +44,9 @@ def tiny_config(kills: int) -> ml_collections.ConfigDict:
     config.checkpoint.every = 5
     config.evaluation.every, config.evaluation.batches = 40, 1
     config.log.every = 1
+    if processes > 1:
+        config.mesh.update({"data": processes, "fsdp": victim.DEVICES})
+        config.batch_size = 2 * processes * victim.DEVICES
     return config
 
 
@@ -48,6 +56,7 @@ class Outcome:
 
     kills: int
     seed: int
+    processes: int = 1
     places: dict[str, int] = field(default_factory=dict)
     in_a_save: int = 0
     before_first_checkpoint: int = 0
@@ -71,8 +80,12 @@ class Outcome:
         )
 
 
-def kill_and_compare(config: ml_collections.ConfigDict, workdir: Path, kills: int, seed: int = 0) -> Outcome:
+def kill_and_compare(
+    config: ml_collections.ConfigDict, workdir: Path, kills: int, seed: int = 0, processes: int = 1
+) -> Outcome:
     """Runs `config` once undisturbed and once with `kills` SIGKILLs, both in new folders of `workdir`.
+
+    Of several processes, each with `victim.DEVICES` devices, one is killed; the others have to end by themselves.
 
     Raises:
       ValueError: the run is over before the last kill, or the folder holds something already.
@@ -82,17 +95,17 @@ def kill_and_compare(config: ml_collections.ConfigDict, workdir: Path, kills: in
         raise ValueError(f"{workdir} is not empty; give another --workdir or delete it")
     os.environ["FP4JAX_CACHE"] = str(cache)
     start = time.perf_counter()
-    outcome = Outcome(kills, seed)
-    code = _live(config, whole, cache, None)
-    if code:
-        raise ValueError(f"the undisturbed run failed with exit code {code}; see {whole / victim.LOG}")
+    outcome = Outcome(kills, seed, processes)
+    codes, _ = _live(config, whole, cache, None, processes)
+    if any(codes):
+        raise ValueError(f"the undisturbed run failed with exit codes {codes}; see {whole / victim.LOG}")
     random = np.random.default_rng(seed)
     for _ in range(kills):
-        _kill(config, killed, cache, _draw(random, config.checkpoint.every), outcome)
+        _kill(config, killed, cache, _draw(random, config.checkpoint.every, processes), outcome)
         if outcome.failures:
             break
     else:
-        if _live(config, killed, cache, None):
+        if any(_live(config, killed, cache, None, processes)[0]):
             outcome.failures.append(f"the last life failed; see {killed / victim.LOG}")
         else:
             _compare(whole, killed, outcome)
@@ -100,7 +113,7 @@ def kill_and_compare(config: ml_collections.ConfigDict, workdir: Path, kills: in
     return outcome
 
 
-def _draw(random: np.random.Generator, every: int) -> Kill:
+def _draw(random: np.random.Generator, every: int, processes: int) -> Kill:
     place = str(random.choice(list(victim.PLACES)))
     # A life has to reach its first save every now and then, or the run would never go on.
     call = {
@@ -109,14 +122,16 @@ def _draw(random: np.random.Generator, every: int) -> Kill:
         "reader": random.integers(1, 8 * every),
     }[place]
     delay = {"step": 0.1, "save": 0.3, "reader": 0.0}[place]
-    return Kill(place, int(call), float(random.uniform(0, delay)))
+    moment = float(random.uniform(0, delay))
+    return Kill(place, int(call), moment, int(random.integers(processes)) if processes > 1 else 0)
 
 
 def _kill(config: ml_collections.ConfigDict, folder: Path, cache: Path, kill: Kill, outcome: Outcome) -> None:
     before = _committed(folder)
-    code = _live(config, folder, cache, kill)
-    if code != -signal.SIGKILL:
-        what = "was over before the last kill: give it more steps" if code == 0 else f"ended with exit code {code}"
+    codes, waited = _live(config, folder, cache, kill, outcome.processes)
+    others = codes[: kill.process] + codes[kill.process + 1 :]
+    if codes[kill.process] != -signal.SIGKILL or 0 in others:
+        what = "was over before the last kill: give it more steps" if 0 in codes else f"ended with exit codes {codes}"
         outcome.failures.append(f"life {len(outcome.lives) + 1} {what}")
         return
     starts = [line["after"] for line in _read(folder / victim.STARTS)]
@@ -132,7 +147,8 @@ def _kill(config: ml_collections.ConfigDict, folder: Path, cache: Path, kill: Ki
     outcome.before_first_checkpoint += after == 0
     outcome.in_a_save += any(".orbax-checkpoint-tmp" in path.name for path in (folder / "checkpoints").glob("*"))
     outcome.places = dict(Counter(outcome.places) + Counter([kill.place]))
-    outcome.lives.append({**asdict(kill), "began_after": starts[-1], "reached": reached, "committed": after})
+    ended = {"others": others, "others_seconds": round(waited, 1)} if others else {}
+    outcome.lives.append({**asdict(kill), "began_after": starts[-1], "reached": reached, "committed": after, **ended})
 
 
 def _compare(whole: Path, killed: Path, outcome: Outcome) -> None:
@@ -146,18 +162,34 @@ def _compare(whole: Path, killed: Path, outcome: Outcome) -> None:
         outcome.failures.append("events.jsonl is not the undisturbed run's")
 
 
-def _live(config: ml_collections.ConfigDict, folder: Path, cache: Path, kill: Kill | None) -> int:
-    """One life; returns its exit code, -9 if it was killed."""
+def _live(
+    config: ml_collections.ConfigDict, folder: Path, cache: Path, kill: Kill | None, processes: int
+) -> tuple[list[int], float]:
+    """One life; returns every process's exit code, -9 if it was killed, and the seconds from first to last end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([victim.__name__])
-    process = context.Process(target=victim.run, args=(config.to_dict(), str(folder), str(cache), kill))
-    process.start()
-    process.join(LIFE_SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    port = _free_port()
+    members = [Member(index, processes, port) if processes > 1 else None for index in range(processes)]
+    arguments = (config.to_dict(), str(folder), str(cache), kill)
+    lives = [context.Process(target=victim.run, args=(*arguments, member)) for member in members]
+    for process in lives:
+        process.start()
+    limit = time.monotonic() + LIFE_SECONDS
+    multiprocessing.connection.wait([process.sentinel for process in lives], LIFE_SECONDS)
+    first = time.monotonic()
+    for process in lives:
+        process.join(max(limit - time.monotonic(), 0))
+    if any(process.is_alive() for process in lives):
+        for process in lives:
+            process.kill()
+            process.join()
         raise ValueError(f"a life took over {LIFE_SECONDS:g} s; see {folder / victim.LOG}")
-    return process.exitcode
+    return [process.exitcode for process in lives], time.monotonic() - first
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def _committed(folder: Path) -> int:

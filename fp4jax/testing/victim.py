@@ -18,8 +18,10 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
+from fp4jax import distributed
 from fp4jax.checkpoint import Checkpointer
 from fp4jax.config import default_config
 from fp4jax.data.packing import PackedRows
@@ -34,6 +36,11 @@ STARTS = "starts.jsonl"
 DIGEST = "digest.txt"
 LOG = "log.txt"
 
+DEVICES = 2
+"""CPU devices of each of several processes."""
+HEARTBEAT_TIMEOUT = 20
+"""Seconds after which one of several processes that was killed counts as dead."""
+
 # Where a run can be killed: the calls that are counted.
 PLACES: dict[str, tuple[type, str]] = {
     "step": (BatchIterator, "__next__"),
@@ -44,26 +51,56 @@ PLACES: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class Kill:
-    """A SIGKILL `delay` seconds after the `call`-th call (from 1) of what stands in PLACES under `place`."""
+    """A SIGKILL `delay` seconds after the `call`-th call (from 1) of what stands in PLACES under `place`.
+
+    process: of several, the one that it is for.
+    """
 
     place: str
     call: int
     delay: float
+    process: int = 0
 
 
-def run(config: dict, workdir: str, cache: str, kill: Kill | None) -> None:
-    """Trains in this process to its end, or to the kill; at the end the state's digest is written."""
+@dataclass(frozen=True)
+class Member:
+    """One of the `count` processes of a run, number `index`; the first listens on `port` of this machine."""
+
+    index: int
+    count: int
+    port: int
+
+
+def run(config: dict, workdir: str, cache: str, kill: Kill | None, member: Member | None = None) -> None:
+    """Trains in this process to its end, or to the kill; at the end the state's digest is written.
+
+    member: of several processes, which one this is; None in a single one.
+    """
     jax.config.update("jax_compilation_cache_dir", f"{cache}/xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     full = _config(config)
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     _report_starts(folder)
-    if kill:
+    if kill and kill.process == (member.index if member else 0):
         _arm(kill)
     with (folder / LOG).open("a") as log, contextlib.redirect_stderr(log):
-        train(full, workdir, Console(file=log, width=160))
-    (folder / DIGEST).write_text(_digest(full, folder))
+        if member:
+            _join(member, log.fileno())
+        train(full, workdir, Console(file=log, width=160, quiet=not distributed.is_first()))
+    digest = _digest(full, folder)
+    if distributed.is_first():
+        (folder / DIGEST).write_text(digest)
+    jax.distributed.shutdown()
+
+
+def _join(member: Member, log: int) -> None:
+    """Makes this process one of several, with DEVICES devices. What the libraries print goes into the log too."""
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    address = f"127.0.0.1:{member.port}"
+    distributed.start(address, member.count, member.index, heartbeat_timeout=HEARTBEAT_TIMEOUT)
 
 
 def _config(values: dict) -> ml_collections.ConfigDict:
@@ -99,8 +136,9 @@ def _report_starts(folder: Path) -> None:
     original = _Loop.run
 
     def run(self: _Loop, done: int) -> None:
-        with (folder / STARTS).open("a") as file:
-            file.write(json.dumps({"after": done}) + "\n")
+        if distributed.is_first():
+            with (folder / STARTS).open("a") as file:
+                file.write(json.dumps({"after": done}) + "\n")
         original(self, done)
 
     _Loop.run = run
@@ -116,5 +154,6 @@ def _digest(config: ml_collections.ConfigDict, folder: Path) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.asarray(leaf).tobytes())
+        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+        digest.update(np.asarray(whole).tobytes())
     return f"{step} {digest.hexdigest()}"

@@ -98,7 +98,7 @@ def describe_mesh(mesh: Mesh) -> str:
 
 def describe_devices(mesh: Mesh) -> str:
     """Returns number, kind and memory of the mesh's devices; on a CPU the host's memory."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
         memory = f"{statistics['bytes_limit'] / 1e9:.1f} GB each"

@@ -32,7 +32,8 @@ def run(main: Callable[[], None], arguments: Sequence[str] = sys.argv) -> int:
             COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value,
             timeout=TIMEOUT.value, heartbeat_timeout=HEARTBEAT.value,
         )  # fmt: skip
-        main()
+        with distributed.naming_lost_processes():
+            main()
 
     code = command.run(joined, arguments)
     if distributed.several():
