@@ -34,7 +34,7 @@ DETERMINISTIC = ("step", "loss", "grad_norm", "learning_rate", "tokens", "valida
 def tiny_config(kills: int, processes: int = 1) -> ml_collections.ConfigDict:
     """A run of 6 steps a kill, with a checkpoint every 5 steps: one layer in FP4 with stochastic rounding.
 
-    Several processes share the parameters, half of their devices each, and the batch.
+    The parameters are sharded over the devices of several processes, so that each of them writes its part.
     """
     config = default_config()
     config.recipe, config.steps, config.microbatches = "averis", 6 * kills + 10, 2
@@ -45,8 +45,8 @@ def tiny_config(kills: int, processes: int = 1) -> ml_collections.ConfigDict:
     config.evaluation.every, config.evaluation.batches = 40, 1
     config.log.every = 1
     if processes > 1:
-        config.mesh.update({"data": processes, "fsdp": victim.DEVICES})
-        config.batch_size = 2 * processes * victim.DEVICES
+        config.mesh.fsdp = processes * victim.DEVICES
+        config.batch_size = 2 * config.mesh.fsdp
     return config
 
 
