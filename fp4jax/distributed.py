@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -75,11 +76,14 @@ def start(
                 initialization_timeout=timeout + JAX_WAITS_LONGER,
                 heartbeat_timeout_seconds=heartbeat_timeout,
             )
+        except jax.errors.JaxRuntimeError as error:
+            _end(
+                f"the coordinator cannot listen at {coordinator} ({_first_line(error)}); give a free --coordinator port"
+            )
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ProcessesError(
-                f"the processes cannot be joined ({reason}); by hand: --coordinator=HOST:PORT with a free port of "
-                "process 0's machine, --num_processes, --process_id"
+                f"the launcher's processes cannot be joined ({_first_line(error)}); start them by hand: --coordinator, "
+                "--num_processes, --process_id"
             ) from error
 
 
@@ -150,7 +154,7 @@ def naming_lost_processes() -> Iterator[None]:
         if not (several() and LOST.search(str(error))):
             raise
         raise ProcessesError(
-            f"another process has ended, or cannot be reached any more ({str(error).splitlines()[0][:200]}); its own "
+            f"another process has ended, or cannot be reached any more ({_first_line(error)}); its own "
             "message says why. Rerun the same command in all processes to go on from the last checkpoint"
         ) from error
 
@@ -175,24 +179,27 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 @contextlib.contextmanager
 def _patience(seconds: float, coordinator: str) -> Iterator[None]:
     """Ends the process if the block takes longer: JAX would abort it with a stack of C++ functions."""
-
-    def give_up() -> None:
-        print(
-            f"error: coordinator {coordinator}: it was not reached, or not all processes were there, in {seconds:g} s; "
-            "start all of them with the same --coordinator and --num_processes, open its port, or wait longer: "
-            "--coordinator_timeout",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    timer = threading.Timer(seconds, give_up)
+    message = (
+        f"coordinator {coordinator}: it was not reached, or not all processes were there, in {seconds:g} s; start all "
+        "with the same --coordinator and --num_processes, open its port, or wait longer: --coordinator_timeout"
+    )
+    timer = threading.Timer(seconds, _end, [message])
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _end(message: str) -> NoReturn:
+    """Ends the process at once: JAX's own ways out of a coordinator that failed wait, or crash."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _on_tpu() -> bool:

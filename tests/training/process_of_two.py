@@ -1,0 +1,49 @@
+"""One process of two with four devices each: what it sees, as JSON. Started by test_processes.py."""
+
+import json
+import os
+import signal
+import sys
+
+import jax
+import numpy as np
+
+from fp4jax import distributed
+from fp4jax.training.mesh import batch_share, make_mesh, put_batch
+from fp4jax.training.preemption import Agreement, StopRequest
+
+
+def main(address: str, index: int) -> None:
+    distributed.start(address, 2, index)
+    mesh = make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+    tensor_mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 8})
+    request = StopRequest()
+    agreement = Agreement(request, mesh)
+    stops = [agreement()]
+    if index == 1:
+        request.received(signal.SIGTERM)
+    stops += [agreement() for _ in range(3)]
+    part, parts = batch_share(mesh)
+    rows = np.arange(16, dtype=np.int32).reshape(8, 2)
+    batch = put_batch({"tokens": rows[part * 8 // parts :][: 8 // parts]}, mesh)
+    whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))(batch["tokens"])
+    try:
+        batch_share(make_mesh({"data": 4, "fsdp": 1, "tensor": 1}))
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    print(json.dumps({
+        "first": distributed.is_first(),
+        "prefix": distributed.prefix(),
+        "from_first": distributed.from_first(10 + index),
+        "everywhere": [distributed.everywhere(index == 0), distributed.everywhere(True)],
+        "share": [batch_share(mesh), batch_share(tensor_mesh)],
+        "rows": np.asarray(whole).tolist(),
+        "stops": stops,
+        "refused": refused,
+    }), flush=True)  # fmt: skip
+    jax.distributed.shutdown()
+    os._exit(0)
+
+
+main(sys.argv[1], int(sys.argv[2]))
