@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -57,7 +57,7 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given) and not launched(os.environ):
         return
-    arguments = {}
+    arguments: dict[str, Any] = {}
     if len(missing) < len(given):
         if missing:
             raise ProcessesError(
@@ -66,6 +66,8 @@ def start(
             )
         _check(coordinator, num_processes, process_id)
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+        # By hand means by hand: a launcher that JAX also finds would choose the devices.
+        arguments["cluster_detection_method"] = "deactivate"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for itself; see fp4jax.training.preemption.
     jax.config.update("jax_enable_preemption_service", False)
@@ -77,9 +79,7 @@ def start(
                 heartbeat_timeout_seconds=heartbeat_timeout,
             )
         except jax.errors.JaxRuntimeError as error:
-            _end(
-                f"the coordinator cannot listen at {coordinator} ({_first_line(error)}); give a free --coordinator port"
-            )
+            _end(f"the coordinator cannot listen at {coordinator} ({_first_line(error)}); choose another port")
         except (RuntimeError, ValueError) as error:
             raise ProcessesError(
                 f"the launcher's processes cannot be joined ({_first_line(error)}); start them by hand: --coordinator, "
