@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,6 +122,25 @@ def from_first(value: int) -> int:
 def everywhere(condition: bool) -> bool:
     """Returns whether it is true in every process. All processes have to call it."""
     return bool(multihost_utils.process_allgather(np.asarray(condition)).all()) if several() else condition
+
+
+def together(function: Callable) -> Callable:
+    """Returns the jitted function, compiled in all processes before any of them runs it.
+
+    gloo gives up on a process that comes to a collective for the first time 30 seconds after the others, and one that
+    finds the program in the compilation cache may be minutes ahead. It is called with one set of shapes.
+    """
+    if not several():
+        return function
+    compiled: list[Callable] = []
+
+    def call(*arguments: object) -> object:
+        if not compiled:
+            compiled.append(function.lower(*arguments).compile())
+            barrier("a program is compiled")
+        return compiled[0](*arguments)
+
+    return call
 
 
 def check_shared(folder: Path) -> None:

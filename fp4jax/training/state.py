@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32, PyTree
 
-from fp4jax import models
+from fp4jax import distributed, models
 from fp4jax.training.initial_weights import pretrained_parameters
 from fp4jax.training.mesh import partition_spec, replicated
 
@@ -105,7 +105,7 @@ def create_state(
         params = dict(zip(template.names, leaves, strict=True))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(initialize, out_shardings=shardings)(np.int32(config.seed))
+    return distributed.together(jax.jit(initialize, out_shardings=shardings))(np.int32(config.seed))
 
 
 def abstract_state(template: ModelTemplate, optimizer: optax.GradientTransformation) -> TrainState:
@@ -141,10 +141,11 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
     """Returns the function with `mesh` as the ambient mesh, which bare PartitionSpecs in the model refer to."""
+    run = distributed.together(function)
 
     @functools.wraps(function)
     def call(*args: object) -> object:
         with jax.set_mesh(mesh):
-            return function(*args)
+            return run(*args)
 
     return call
