@@ -9,8 +9,16 @@ import jax
 import numpy as np
 
 from fp4jax import distributed
+from fp4jax.config import MESH_AXES, ConfigError
 from fp4jax.training.mesh import batch_share, make_mesh, put_batch
 from fp4jax.training.preemption import Agreement, StopRequest
+
+
+def refusal_of(mesh: jax.sharding.Mesh) -> str:
+    try:
+        return f"none: {batch_share(mesh)}"
+    except ConfigError as error:
+        return str(error)
 
 
 def main(address: str, index: int) -> None:
@@ -27,11 +35,11 @@ def main(address: str, index: int) -> None:
     rows = np.arange(16, dtype=np.int32).reshape(8, 2)
     batch = put_batch({"tokens": rows[part * 8 // parts :][: 8 // parts]}, mesh)
     whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))(batch["tokens"])
-    try:
-        batch_share(make_mesh({"data": 4, "fsdp": 1, "tensor": 1}))
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
+    dealt_out = np.array(jax.devices()).reshape(2, 4).T.reshape(8, 1, 1)
+    refused = [
+        refusal_of(make_mesh({"data": 4, "fsdp": 1, "tensor": 1})),
+        refusal_of(jax.sharding.Mesh(dealt_out, MESH_AXES)),
+    ]
     print(json.dumps({
         "first": distributed.is_first(),
         "prefix": distributed.prefix(),

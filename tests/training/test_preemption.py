@@ -8,7 +8,8 @@ import time
 import pytest
 
 from fp4jax.training import preemption
-from fp4jax.training.preemption import Preempted, StopRequest, listening
+from fp4jax.training.mesh import make_mesh
+from fp4jax.training.preemption import Agreement, Preempted, StopRequest, listening
 
 
 def wait_for(condition):
@@ -30,11 +31,13 @@ def test_first_signal_is_a_request_and_handlers_are_put_back(signum, capfd):
     assert "a second signal ends the run at once" in capfd.readouterr().err
 
 
-def test_a_run_of_several_processes_leaves_the_signals_as_they_are():
-    before = [signal.getsignal(signum) for signum in preemption.SIGNALS]
-    with listening(processes=2) as request:
-        assert [signal.getsignal(signum) for signum in preemption.SIGNALS] == before
-    assert request.signum is None
+def test_an_agreement_is_about_the_step_before(capfd):
+    request = StopRequest()
+    agreement = Agreement(request, make_mesh({"data": 4, "fsdp": 2, "tensor": 1}))
+    assert agreement() is None and agreement() is None
+    request.received(signal.SIGINT)
+    assert agreement() is None
+    assert agreement() == agreement() == signal.SIGINT
 
 
 HANGS = """

@@ -86,7 +86,9 @@ def test_two_processes_agree_and_share():
         assert process["rows"] == [[2 * row, 2 * row + 1] for row in range(8)]
         # Process 1 was asked before its second step, and both learn it at the third.
         assert process["stops"] == [None, None, signal.SIGTERM, signal.SIGTERM]
-        assert "1 of 2 processes have none of them; set one axis to -1" in process["refused"]
+        assert "1 of 2 processes have none of them; set one axis to -1" in process["refused"][0]
+    assert "process 0 has parts 0, 2, 4, 6 of the 8 of a batch, and it reads one block" in first["refused"][1]
+    assert "process 1 has parts 1, 3, 5, 7" in second["refused"][1]
 
 
 @pytest.fixture(scope="module")
