@@ -66,6 +66,7 @@ def train(
       CheckpointError: the workdir belongs to a run with another configuration.
       StorageError: the workdir cannot be written, or is full.
       NonFiniteLossError: training diverged.
+      ProcessesError: of several processes, one has another workdir.
       Preempted: SIGTERM or SIGINT came; the state is saved.
     """
     console = console or make_console()
