@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.."
 workdir=${1:-runs/ablations}
 
 compare() {
-    .venv/bin/python -m fp4jax.compare --config=configs/averis_tiny.py --seeds=0,1,2 "$@"
+    .venv/bin/python -m fp4jax.compare --config=configs/averis_tiny.py --seeds=0,1,2 \
+        --config.optimizer.learning_rate=1e-3 --config.evaluation.every=50 --config.evaluation.batches=16 "$@"
 }
 
 compare --workdir="$workdir/recipes" --recipes="bf16,nvfp4,averis,averis_centered,averis+mean_bf16,\
