@@ -3,7 +3,7 @@
 #
 #     experiments/compare_tiny.sh [WORKDIR]          (about 6 minutes of one core a run; resumable)
 #
-# Declared before the first run of either recipe: averis_best against nvfp4_hadamard over the seeds 0 to 4, paired by
+# Declared before a run of either recipe was finished: averis_best against nvfp4_hadamard over the seeds 0 to 4, paired by
 # seed. The claim is that the loss gap to bf16 of averis_best is smaller at p < .05; the aim is half of it. Every other
 # comparison is secondary. Seeds are not looked at to decide whether more are made: it is five.
 #
