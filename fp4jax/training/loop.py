@@ -240,7 +240,7 @@ class _Loop:
             if validates or saves or step == phase.last:
                 self._wait_for_step(running)
                 start = time.perf_counter()
-                result = self._validate(loss_step, state) if validates and stopping is None else None
+                result = self._validate(loss_step, state) if validates else None
                 if saves:
                     self._save(step, state, batches, last=step == config.steps or stopping is not None)
                 self.timer.exclude(time.perf_counter() - start)

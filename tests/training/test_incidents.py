@@ -108,7 +108,18 @@ def same(config, folder, *names):
     assert deterministic(folder / names[0]) == deterministic(folder / names[1])
 
 
+def test_a_step_that_validates_does_so_before_a_signal_ends_the_run(config, tmp_path, monkeypatch):
+    config.evaluation.every = 1
+    signal_at(monkeypatch, 1, signal.SIGTERM)
+    with pytest.raises(Preempted) as caught:
+        run(config, tmp_path)
+    lines = read_metrics(tmp_path)
+    assert f"step {len(lines)} is saved" in str(caught.value)
+    assert all("validation_loss" in line for line in lines)
+
+
 EXACT = {
+    "validation": {"evaluation.every": 1},
     "accumulation": {"microbatches": 2},
     "phases": {"schedule": "bf16:50%,run:100%"},
     "every product rounded stochastically": {"recipe": "nvfp4+sr_all", "model.dtype": "bfloat16"},
