@@ -31,6 +31,7 @@ from fp4jax.checkpoint import (
 from fp4jax.config_checks import validate
 from fp4jax.data.pipeline import BatchIterator, Dataset, open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
+from fp4jax.locking import locked
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.console import ProgressBar, make_console, start_table
 from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
@@ -45,6 +46,9 @@ from fp4jax.training.state import ModelTemplate, TrainState, create_state, model
 from fp4jax.training.step import Metrics, make_loss_step, make_train_step
 from fp4jax.training.timing import TimeAccount
 from fp4jax.training.watchdog import Watchdog
+
+LOCK = "lock"
+"""File of the workdir that the process which trains in it has locked."""
 
 STEPS_BEFORE_MEASURED_ESTIMATE = 3
 
@@ -63,6 +67,7 @@ def train(
 
     Raises:
       ConfigError, DataError, ValueError: a setting that cannot run, in any phase of the schedule.
+      InUseError: another process trains in the workdir.
       CheckpointError: the workdir belongs to a run with another configuration.
       StorageError: the workdir cannot be written, or is full.
       NonFiniteLossError: training diverged.
@@ -72,6 +77,13 @@ def train(
     validate(config, jax.device_count())
     config = settle(config)
     workdir = prepare_workdir(workdir)
+    in_use = f"is training in {workdir}; wait for it, stop it, or choose another --workdir"
+    # Of several processes of one run the first holds the lock.
+    with locked(workdir / LOCK, in_use) if jax.process_index() == 0 else contextlib.nullcontext():
+        _train_in(workdir, config, console, allow_config_change)
+
+
+def _train_in(workdir: Path, config: ml_collections.ConfigDict, console: Console, allow_config_change: bool) -> None:
     done = check_same_run(workdir, config, allow_config_change)
     if done >= config.steps:
         console.print(f"{workdir} is done: {done:,} of {config.steps:,} steps. A larger --config.steps continues it.")
