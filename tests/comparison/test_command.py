@@ -60,7 +60,7 @@ def test_a_signal_saves_the_run_and_the_same_command_goes_on(tmp_path):
         process.send_signal(signal.SIGTERM)
         error = process.communicate()[1]
     assert process.returncode == 143
-    step = re.fullmatch(rf"bf16, seed 0: stopped by SIGTERM: step (\d+) is saved; rerun .* to go on\n", error)[1]
+    step = re.fullmatch(r"bf16, seed 0: stopped by SIGTERM: step (\d+) is saved; rerun .* to go on\n", error)[1]
     assert 0 < int(step) < 40
     again = compare(tmp_path, *flags, **config)
     assert again.returncode == 0, again.stderr
