@@ -226,7 +226,9 @@ def test_a_damaged_checkpoint_that_is_asked_for_by_its_step_is_refused(tmp_path)
     flip(largest_file(tmp_path / "checkpoints" / "1" / "optimizer"))
     params, rest = (shapes(part) for part in state(1)[:2])
     with Checkpointer(tmp_path, read_only=True) as checkpointer:
-        with pytest.raises(CheckpointError, match=r"checkpoints/1 is damaged \(optimizer/.*; delete that folder to go on"):
+        with pytest.raises(
+            CheckpointError, match=r"checkpoints/1 is damaged \(optimizer/.*; delete that folder to go on"
+        ):
             checkpointer.restore(params, rest, step=1)
         with pytest.raises(CheckpointError, match="checkpoints/3 cannot be read"):
             checkpointer.restore(params, rest, step=3)

@@ -50,6 +50,9 @@ from fp4jax.training.watchdog import Watchdog
 LOCK = "lock"
 """File of the workdir that the process which trains in it has locked."""
 
+LOSS_HISTORY = "loss_history"
+"""Beside the data position in a checkpoint."""
+
 STEPS_BEFORE_MEASURED_ESTIMATE = 3
 
 
@@ -278,9 +281,11 @@ class _Loop:
     def _first_state(self, done: int) -> tuple[TrainState, dict | None]:
         static = self.static
         if not done:
+            self.incidents.go_on(None)
             return create_state(static.config, static.template, static.optimizer, static.mesh), None
         rest = {"step": static.target.step, "opt_state": static.target.opt_state}
         params, rest, position = self.checkpointer.restore(static.target.params, rest, step=done)
+        self.incidents.go_on(position.pop(LOSS_HISTORY, None))  # one of an earlier version has none
         return TrainState(rest["step"], params, rest["opt_state"]), position
 
     def _roll_back(self, failure: NonFiniteLossError) -> tuple[int, TrainState, dict]:
@@ -303,10 +308,11 @@ class _Loop:
         """A save that fails, this one or the one before it, does not end the run, unless it is the `last`."""
         self.watchdog.beat(f"the checkpoint of step {step:,}")
         rest = {"step": state.step, "opt_state": state.opt_state}
+        position = batches.get_state() | {LOSS_HISTORY: self.incidents.loss_history()}
         with self.account.spent_on("checkpoint"):
             self._check_saves(step, self.checkpointer.wait)
             try:
-                self.checkpointer.save(step, state.params, rest, batches.get_state(), self.static.config)
+                self.checkpointer.save(step, state.params, rest, position, self.static.config)
                 if last:
                     self.checkpointer.wait()
             except StorageError as error:
