@@ -101,12 +101,14 @@ def _train_in(workdir: Path, config: ml_collections.ConfigDict, console: Console
     run.describe(done)
     if jax.process_index() == 0:
         set_aside_damaged(workdir, done)
+    # Weights that cannot be continued are refused before anything is written.
+    first_state = None if done else run.first_state()
     with (
         Checkpointer(workdir, **run.checkpoint_options()) as checkpointer,
         MetricsWriter(workdir, done) if jax.process_index() == 0 else contextlib.nullcontext() as writer,
     ):
         incidents = Incidents(config, workdir, console, run.training_data, done)
-        _Loop(run, checkpointer, writer, incidents).run(done)
+        _Loop(run, checkpointer, writer, incidents, first_state).run(done)
     console.print(f"done: {config.steps:,} steps, checkpoint and metrics in {workdir}")
 
 
@@ -127,6 +129,10 @@ class _Run:
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
         return phases(self.config)
+
+    def first_state(self) -> TrainState:
+        """Of a run that begins."""
+        return create_state(self.config, self.template, self.optimizer, self.mesh)
 
     def describe(self, done: int) -> None:
         """Prints the data, the table, and what to change if it will take long."""
@@ -193,6 +199,7 @@ class _Loop:
     checkpointer: Checkpointer
     writer: MetricsWriter | None
     incidents: Incidents
+    first_state: TrainState | None = None
     timer: StepTimer = field(default_factory=StepTimer)
 
     def __post_init__(self) -> None:
@@ -282,7 +289,9 @@ class _Loop:
         static = self.static
         if not done:
             self.incidents.go_on(None)
-            return create_state(static.config, static.template, static.optimizer, static.mesh), None
+            # A rollback to the beginning makes it once more: the step that was given the first one has used it up.
+            state, self.first_state = self.first_state or static.first_state(), None
+            return state, None
         rest = {"step": static.target.step, "opt_state": static.target.opt_state}
         params, rest, position = self.checkpointer.restore(static.target.params, rest, step=done)
         self.incidents.go_on(position.pop(LOSS_HISTORY, None))  # one of an earlier version has none

@@ -319,6 +319,11 @@ def test_bad_configurations_are_refused():
         with pytest.raises(ValueError, match="capacity must be 'full' or a number above 0"):
             dataclasses.replace(TINY, capacity=capacity)
     hf = json.loads(str(np.load(FIXTURES[0])["config"])) | {"router_aux_loss_coef": 0.001}
+    without, problems = ARCHITECTURES["qwen3_moe"].read(hf | {"router_aux_loss_coef": 0}, "float32")
+    assert problems == [] and without.router_loss_coefficient == 0
+    for value in (-0.001, None, False):
+        problems = ARCHITECTURES["qwen3_moe"].read(hf | {"router_aux_loss_coef": value}, "float32")[1]
+        assert len(problems) == 1 and "router_aux_loss_coef" in problems[0]
     for key, value in (("mlp_only_layers", [1]), ("decoder_sparse_step", 2)):
         config, problems = ARCHITECTURES["qwen3_moe"].read(hf | {key: value}, "float32")
         assert config is None and len(problems) == 1 and problems[0].startswith(f"{key}={value}, supported: ")
