@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,24 +23,15 @@ from jaxtyping import PyTree
 
 from fp4jax import distributed
 from fp4jax.checksums import MANIFEST, find_damage, with_checksums
-from fp4jax.config import default_config, flatten
+from fp4jax.config_checks import config_differences
 from fp4jax.retention import retention
 
 IN_FLIGHT_GB = 1
 """GB of each item that are copied at a time while it is written or read (more where a single array is larger)."""
 
-MAY_CHANGE = (
-    *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
-    *("on_nonfinite", "divergence", "watchdog", "data.prefetch", "data.max_bad_fraction", "model.remat"),
-)
-"""Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
-
 ITEMS = ("params", "optimizer", "data", "config")
 DAMAGED = "damaged_checkpoints"
 """Folder of the workdir that damaged checkpoints are moved to when their run goes on."""
-
-MAX_SHOWN = 100
-"""Characters of a value that an error message shows."""
 
 STORAGE_TROUBLE = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|Permission denied|Read-only file system|"
@@ -58,23 +49,6 @@ class CheckpointError(ValueError):
 
 class StorageError(OSError):
     """A folder that cannot be written: full, read-only, not allowed; one line."""
-
-
-def config_differences(
-    saved: Mapping, current: Mapping | ml_collections.ConfigDict, may_change: Sequence[str] = MAY_CHANGE
-) -> list[str]:
-    """Returns "key saved → current" for each key that changes what a run computes: all but `may_change`.
-
-    A key that did not exist when the checkpoint was written had its present default.
-    """
-    before = flatten(default_config()) | flatten(saved)
-    after = flatten(current)
-    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [
-        f"{key} {_short(before.get(key))} → {_short(after.get(key))}"
-        for key in differing
-        if not any(key == free or key.startswith(f"{free}.") for free in may_change)
-    ]
 
 
 def prepare_workdir(workdir: str | os.PathLike) -> Path:
@@ -149,21 +123,24 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """Returns the steps done in the newest complete and undamaged checkpoint; None without one.
 
-        A damaged one that is newer is named on stderr. Of several processes the first looks, for all of them.
+        A damaged one that is newer is named on stderr.
         """
-        return distributed.from_first(self._newest_undamaged() if distributed.is_first() else 0) or None
+        return self._last_undamaged(self.steps()) or None
 
-    def _newest_undamaged(self) -> int:
-        """0: there is none."""
-        for step in reversed(self.steps()):
-            if step not in self._trusted:
-                damage = _find_damage(self.directory / str(step))
-                if damage:
-                    _warn(f"checkpoint {self.directory / str(step)} is damaged ({damage}) and is passed over")
-                    continue
-                self._trusted.add(step)
-            return step
-        return 0
+    def newest_until(self, step: int) -> int:
+        """Steps of the newest checkpoint of at most `step` steps that is read anew and not damaged; 0 without one."""
+        self.wait()
+        self._trusted.clear()
+        return self._last_undamaged([saved for saved in self.steps() if saved <= step])
+
+    def _last_undamaged(self, steps: list[int]) -> int:
+        """0: none of them. Of several processes the first looks, for all of them."""
+        for step in reversed(steps) if distributed.is_first() else ():
+            damage = self._damage_of(step)
+            if not damage:
+                return distributed.from_first(step)
+            _warn(f"checkpoint {self.directory / str(step)} is damaged ({damage}) and is passed over")
+        return distributed.from_first(0)
 
     def steps(self) -> list[int]:
         """Returns the steps done of every complete checkpoint, ascending."""
@@ -200,10 +177,10 @@ class Checkpointer:
         """Restores a checkpoint into these shapes and shardings; returns (params, optimizer, data position).
 
         Args:
-          step: one of `steps()`, as it is; None for the newest that is not damaged.
+          step: one of `steps()`; None for the newest that is not damaged.
 
         Raises:
-          CheckpointError: there is none, or it cannot be read.
+          CheckpointError: there is none, it is damaged, or it cannot be read.
         """
         items = {
             "params": ocp.args.StandardRestore(params),
@@ -249,13 +226,6 @@ class Checkpointer:
         if not self._manager.is_saving_in_progress():
             self.wait()
 
-    def newest_until(self, step: int) -> int:
-        """Steps of the newest undamaged checkpoint of at most `step` steps; 0 without one."""
-        self.wait()
-        saved = [saved for saved in reversed(self.steps()) if saved <= step and distributed.is_first()]
-        whole = (saved for saved in saved if not _find_damage(self.directory / str(saved)))
-        return distributed.from_first(next(whole, 0))
-
     def __enter__(self) -> "Checkpointer":
         return self
 
@@ -272,6 +242,10 @@ class Checkpointer:
     def _restore(self, items: dict, step: int | None = None) -> ocp.args.Composite:
         if step is None:
             step = self.latest_step()
+        elif distributed.is_first() and (damage := self._damage_of(step)):
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is damaged ({damage}); delete that folder to go on without it"
+            )
         if step is None and self.steps():
             raise CheckpointError(f"all checkpoints in {self.directory} are damaged; choose another --workdir")
         if step is None:
@@ -283,6 +257,15 @@ class Checkpointer:
                 f"checkpoint {self.directory / str(step)} cannot be read ({_one_line(error)}); "
                 "delete that folder to go on from the one before it"
             ) from error
+
+    def _damage_of(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, which are read once; None if nothing is."""
+        if step in self._trusted or step not in self.steps():
+            return None
+        damage = _find_damage(self.directory / str(step))
+        if not damage:
+            self._trusted.add(step)
+        return damage
 
     @contextmanager
     def _save_errors(self) -> Iterator[None]:
@@ -382,12 +365,6 @@ def _storage_errors(what: str, advice: Callable[[], str] = lambda: "; choose ano
             reason = found.group() if found else _one_line(error)
             raise StorageError(f"{what}: {reason}{advice()}") from error
         raise
-
-
-def _short(value: object) -> str:
-    """A value as the message of a difference shows it; a policy's rules can be long."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _one_line(error: BaseException) -> str:

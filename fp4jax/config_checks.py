@@ -1,7 +1,10 @@
-"""What a configuration may hold: `validate` refuses what cannot run, before anything is compiled."""
+"""What a configuration may hold: `validate` refuses what cannot run, before anything is compiled.
+
+And what of it may change when a run goes on: `config_differences`.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
@@ -15,6 +18,15 @@ GEMMS = ("auto", "native", "emulated")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
 ACTIVATION_DTYPES = ("bfloat16", "float32")
 ON_NONFINITE = ("stop", "skip", "rollback")
+
+MAY_CHANGE = (
+    *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
+    *("on_nonfinite", "divergence", "watchdog", "data.prefetch", "data.max_bad_fraction", "model.remat"),
+)
+"""Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
+
+MAX_SHOWN = 100
+"""Characters of a value that an error message shows."""
 
 
 def validate(config: ml_collections.ConfigDict, device_count: int | None = None) -> None:
@@ -163,3 +175,26 @@ def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> 
                 f"model.{size}={model[size]} is not divisible by mesh.{axis}={sizes[axis]}; "
                 f"use mesh.{axis}={math.gcd(model[size], sizes[axis])}"
             )
+
+
+def config_differences(
+    saved: Mapping, current: Mapping | ml_collections.ConfigDict, may_change: Sequence[str] = MAY_CHANGE
+) -> list[str]:
+    """Returns "key saved → current" for each key that changes what a run computes: all but `may_change`.
+
+    A key that did not exist when the checkpoint was written had its present default.
+    """
+    before = flatten(default_config()) | flatten(saved)
+    after = flatten(current)
+    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [
+        f"{key} {_short(before.get(key))} → {_short(after.get(key))}"
+        for key in differing
+        if not any(key == free or key.startswith(f"{free}.") for free in may_change)
+    ]
+
+
+def _short(value: object) -> str:
+    """A value as the message of a difference shows it; a policy's rules can be long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import ml_collections
 
-from fp4jax.checkpoint import config_differences
 from fp4jax.config import default_config
-from fp4jax.config_checks import validate
+from fp4jax.config_checks import config_differences, validate
 from fp4jax.recipes import recipe
 from fp4jax.training.schedule import settle
 

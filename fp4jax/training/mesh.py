@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fp4jax.config import MESH_AXES, ConfigError, mesh_shape
+from fp4jax.config import MESH_AXES, mesh_shape
 
 LOGICAL_AXES = {
     "embed": "fsdp",
@@ -61,33 +61,6 @@ def partition_spec(names: Sequence[str | None] | None) -> PartitionSpec:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns (index, count): this process's devices hold the index-th of `count` equal blocks of a batch's rows.
-
-    Processes that share a `tensor` axis hold the same block.
-
-    Raises:
-      ConfigError: a process has no device in the mesh, or rows that are no such block.
-    """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    owners = {device.process_index for device in mesh.devices.flat}
-    if len(owners) < jax.process_count():
-        raise ConfigError(
-            f"the mesh has {mesh.size} of {jax.device_count()} devices, and {jax.process_count() - len(owners)} of "
-            f"{jax.process_count()} processes have none of them; set one axis to -1 (--config.mesh.data=-1), or start "
-            "fewer processes"
-        )
-    held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
-    rows = sorted({index for (rows,) in held for index in range(*rows.indices(shards))})
-    first, size = rows[0], len(rows)
-    if rows != list(range(first, first + size)) or first % size or shards % size:
-        raise ConfigError(
-            f"process {jax.process_index()} has parts {', '.join(map(str, rows))} of the {shards} of a batch, and it "
-            "reads one block; let mesh.tensor divide its devices, or be a multiple of them"
-        )
-    return first // size, shards // size
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

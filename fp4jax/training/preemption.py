@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,6 +21,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 StopAt = Callable[[], int | None]
 """Asked once a step: the signal after which the run stops when that step has ended, None without one."""
+
+SAME_REQUEST_SECONDS = 0.5
+"""A batch system signals all processes of a job, and a parent among them passes its signal on: both are one request."""
 
 
 class Preempted(Exception):
@@ -36,6 +40,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._since = 0.0
 
     def asked(self) -> int | None:
         """The signal after which the run stops when the step that was just given to the device has ended, or None."""
@@ -44,10 +49,12 @@ class StopRequest:
     def received(self, signum: int) -> None:
         """The first one is remembered, the second ends the process: checkpoints are renamed into place when whole."""
         name = signal.Signals(signum).name
+        if self.signum is not None and time.monotonic() - self._since < SAME_REQUEST_SECONDS:
+            return
         if self.signum is not None:
             print(f"second signal ({name}): ended at once, without a save", file=sys.stderr, flush=True)
             os._exit(128 + signum)
-        self.signum = signum
+        self.signum, self._since = signum, time.monotonic()
         print(f"{name}: saving after this step; a second signal ends the run at once", file=sys.stderr, flush=True)
 
 

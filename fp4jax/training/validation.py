@@ -14,11 +14,11 @@ from fp4jax import distributed, models
 from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
 from fp4jax.config import default_config
 from fp4jax.config_checks import validate
-from fp4jax.data.pipeline import open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
 from fp4jax.training.compilation import enable_compilation_cache
-from fp4jax.training.mesh import batch_share, make_mesh, put_batch
+from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.schedule import recipe_at, settle
+from fp4jax.training.shares import open_share
 from fp4jax.training.state import ModelTemplate, Parameters, model_template, sharded_abstract_params
 from fp4jax.training.step import make_loss_step
 
@@ -124,16 +124,7 @@ def evaluate_workdir(
     """
     run = restore_run(workdir, recipe_name, batches=batches)
     config, mesh = run.config, run.mesh
-    index, count = batch_share(mesh)
-    dataset = open_dataset(
-        config.data,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        split="validation",
-        process_index=index,
-        process_count=count,
-    )
+    dataset = open_share(config, "validation", mesh)
     with contextlib.closing(dataset.batches()) as iterator:
         on_devices = (put_batch(batch, mesh) for batch in iterator)
         loss_step = make_loss_step(config, run.template, mesh)

@@ -10,8 +10,9 @@ import numpy as np
 
 from fp4jax import distributed
 from fp4jax.config import MESH_AXES, ConfigError
-from fp4jax.training.mesh import batch_share, make_mesh, put_batch
+from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.preemption import Agreement, StopRequest
+from fp4jax.training.shares import batch_share
 
 
 def refusal_of(mesh: jax.sharding.Mesh) -> str:
