@@ -14,6 +14,7 @@ import pytest
 from fp4jax.checkpoint import DAMAGED
 from fp4jax.testing.kills import DETERMINISTIC
 from fp4jax.testing.victim import _digest
+from fp4jax.training.divergence import read_events
 from fp4jax.training.metrics import read_metrics
 from tests.training.two_processes import get_config
 
@@ -162,3 +163,19 @@ def test_an_error_of_all_is_one_line(tmp_path):
     ended = end(train(tmp_path, "--config.mesh.fsdp=4"))
     assert any("1 of 2 processes have none of them" in stderr for _, _, stderr in ended)
     assert all(code not in (0, None) for code, _, _ in ended)
+
+
+@pytest.mark.slow
+def test_both_roll_back_and_stop_alike(tmp_path):
+    flags = ("recipe=bf16", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "checkpoint.every=1")
+    flags += ("on_nonfinite=rollback", "divergence.max_events=2")
+    (code, _, stderr), (other_code, *_) = end(train(tmp_path, *(f"--config.{flag}" for flag in flags)))
+    assert code == 1 and other_code not in (0, None)
+    assert "stopped after divergence.max_events=2, step 1 is saved" in stderr
+    events = read_events(tmp_path)
+    assert [(event["event"], event["step"], event["after"]) for event in events] == [
+        ("rollback", 2, 1),
+        ("rollback", 2, 1),
+        ("stopped", 2, 1),
+    ]
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["1"]
