@@ -187,11 +187,11 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
         raise ProcessesError(f"--coordinator={coordinator}: it is HOST:PORT of process 0, such as 10.0.0.1:9876")
-    if num_processes < 1 or not 0 <= process_id < num_processes:
+    if num_processes < 1:
+        raise ProcessesError(f"--num_processes={num_processes}: it is at least 1")
+    if not 0 <= process_id < num_processes:
         raise ProcessesError(
             f"--process_id={process_id} with --num_processes={num_processes}: it is from 0 to {num_processes - 1}"
-            if num_processes > 0
-            else f"--num_processes={num_processes}: it is at least 1"
         )
 
 
