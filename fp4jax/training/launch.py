@@ -9,6 +9,7 @@ from absl import flags
 
 from fp4jax import distributed
 from fp4jax.training import command
+from fp4jax.training.preemption import Preempted
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of several processes, started by hand: HOST:PORT of process 0; see docs/clusters.md."
@@ -20,24 +21,28 @@ HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead.", lower_bound=1
 )
 
-TOGETHER = (0, 128 + 2, 128 + 15)
-"""Exit codes with which all processes leave after the same step: done, SIGINT and SIGTERM."""
-
 
 def run(main: Callable[[], None], arguments: Sequence[str] = sys.argv) -> int:
     """As `command.run`, in one process or as one of several."""
+    ends_with_the_others = False
 
     def joined() -> None:
+        nonlocal ends_with_the_others
         distributed.start(
             COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value,
             timeout=TIMEOUT.value, heartbeat_timeout=HEARTBEAT.value,
         )  # fmt: skip
-        with distributed.naming_lost_processes():
-            main()
+        try:
+            with distributed.naming_lost_processes():
+                main()
+            ends_with_the_others = True
+        except Preempted:
+            ends_with_the_others = True
+            raise
 
     code = command.run(joined, arguments)
     if distributed.several():
-        if code in TOGETHER:
+        if ends_with_the_others:
             jax.distributed.shutdown()
         else:
             # Leaving in an orderly way would wait for the others, and they wait for this process in a collective.
