@@ -126,11 +126,18 @@ def test_two_processes_stopped_by_a_signal_equal_one_bit_for_bit(whole, tmp_path
     parts = (tmp_path / "checkpoints" / "8" / "params").glob("ocdbt.process_*")
     assert {part.name for part in parts} == {"ocdbt.process_0", "ocdbt.process_1"}
 
-    # The shares of the validation data are those of training, and the union is the whole.
-    (code, stdout, stderr), (other_code, other_stdout, _) = end(start("eval.py", f"--workdir={tmp_path}"))
-    assert code == other_code == 0, stderr
-    last = read_metrics(whole)[-1]
-    assert f"validation loss {last['validation_loss']:.4f}" in stdout and "validation loss" not in other_stdout
+
+@pytest.mark.slow
+def test_an_evaluation_in_two_processes_is_that_of_one(whole):
+    written = []
+    for processes in (2, 1):
+        ended = end(start("eval.py", f"--workdir={whole}", "--recipe=bf16", "--batches=3", processes=processes))
+        for index, (code, stdout, stderr) in enumerate(ended):
+            assert code == 0, stderr
+            assert ("validation loss" in stdout) == (index == 0)
+        written.append(json.loads((whole / "evaluation-bf16.json").read_text()))
+    assert written[0] == written[1]
+    assert written[0]["batches"] == 3 and written[0]["tokens"] == 3 * 8 * 32
 
 
 @pytest.mark.slow
