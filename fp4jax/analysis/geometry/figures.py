@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fp4jax.analysis.geometry import activations, outliers, paper, perturbations, ternary
+from fp4jax.analysis.geometry import activations, outliers, paper, perturbations, real_figures, ternary
 from fp4jax.analysis.geometry.tables import Grid, Row, Table
 
 
@@ -118,7 +118,7 @@ def _activations(axes: Any, table: Table) -> None:
     axes.legend()
 
 
-_FIGURES: dict[str, Callable[[Any, Table], None]] = {
+_FIGURES: dict[str, Callable[[Any, Any], None]] = real_figures.FIGURES | {
     "V1": _ratio,
     "D4": _radial,
     "V2": _depth(paper.DEPTH_PLAIN),
