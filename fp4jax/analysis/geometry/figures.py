@@ -1,6 +1,7 @@
 """The paper's figures, drawn from finished tables. matplotlib is imported when something is drawn."""
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def draw(tables: Sequence[Table | Grid], folder: Path) -> list[Path]:
             continue
         figure, axes = pyplot.subplots(figsize=(6.0, 4.0), layout="constrained")
         _FIGURES[table.name](axes, table)
-        axes.set_title(table.title, fontsize=9)
+        axes.set_title(textwrap.fill(table.title, 80), fontsize=9)
         paths.append(folder / f"{table.name}.png")
         figure.savefig(paths[-1], dpi=150)
         pyplot.close(figure)

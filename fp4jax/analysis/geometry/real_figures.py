@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fp4jax.analysis.geometry import paper
-from fp4jax.analysis.geometry.estimates import Estimate
+from fp4jax.analysis.geometry.estimates import RESOLVED, Estimate
 from fp4jax.analysis.geometry.tables import Grid
 
 
@@ -19,14 +19,19 @@ def _errors(cells: Sequence[float | Estimate | None]) -> np.ndarray:
     return np.array([cell.standard_error if isinstance(cell, Estimate) else np.nan for cell in cells])
 
 
+def _by_layer(axes: Any, ylabel: str) -> None:
+    axes.set(xlabel="layer", ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+
+
 def _ratios(axes: Any, grid: Grid) -> None:
     layers = np.arange(len(grid.rows))
     for name, colour in (("ReLU", "C0"), ("SiLU", "C1")):
         axes.plot(layers, _values(grid.column(f"{name}, Gaussian")), "--", color=colour, label=f"{name}, Gaussian")
         cells = grid.column(name)
         axes.errorbar(layers, _values(cells), yerr=_errors(cells), fmt="o-", ms=3, color=colour, label=name)
-    axes.set(xlabel="layer", ylabel="transverse energy, sign / magnitude")
-    axes.legend()
+    _by_layer(axes, "transverse energy, sign / magnitude")
 
 
 def _rates(axes: Any, grid: Grid) -> None:
@@ -35,13 +40,15 @@ def _rates(axes: Any, grid: Grid) -> None:
         cells = grid.column(f"rise, {name}")
         axes.errorbar(rates, _values(cells), yerr=_errors(cells), fmt="o-", ms=4, color=colour, label=name)
     leverage = axes.twinx()
-    leverage.plot(rates, _values(grid.column("NLL leverage")), "s:", color="C2", label="leverage")
+    cells = [
+        cell if cell is not None and cell.deviation(0.0) > RESOLVED else None for cell in grid.column("NLL leverage")
+    ]
+    leverage.errorbar(rates, _values(cells), yerr=_errors(cells), fmt="s", color="C2", label="leverage")
     leverage.plot(list(paper.NLL_LEVERAGE), list(paper.NLL_LEVERAGE.values()), "kx", label="leverage, paper")
     for axis, label in ((axes, "rise of the loss, nats per token"), (leverage, "NLL leverage")):
         axis.set(xscale="log", yscale="log", ylabel=label)  # what is not above 0 is left out
     axes.set_xlabel("flip rate of the outlier columns' weights")
-    axes.legend(loc="upper left")
-    leverage.legend(loc="lower right")
+    axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 def _scatter(ylabel: str) -> Callable[[Any, Grid], None]:
@@ -63,8 +70,8 @@ def _layers(ylabel: str) -> Callable[[Any, Grid], None]:
     def plot(axes: Any, grid: Grid) -> None:
         for recipe in grid.columns:
             axes.plot(np.arange(len(grid.rows)), _values(grid.column(recipe)), "o-", ms=3, label=recipe)
-        axes.set(yscale="log", xlabel="layer", ylabel=ylabel)
-        axes.legend()
+        axes.set_yscale("log")
+        _by_layer(axes, ylabel)
 
     return plot
 

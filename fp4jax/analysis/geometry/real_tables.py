@@ -11,14 +11,13 @@ from jaxtyping import Float64, Int
 from scipy.stats import spearmanr
 
 from fp4jax.analysis.geometry import activations, column_flips, paper, perturbations, real_model
-from fp4jax.analysis.geometry.estimates import Estimate, mean, ratio
+from fp4jax.analysis.geometry.estimates import RESOLVED, Estimate, mean, ratio
 from fp4jax.analysis.geometry.experiments import energies
 from fp4jax.analysis.geometry.tables import Grid
 from fp4jax.models.pretrained import LoadedModel
 from fp4jax.models.qwen3 import LINEARS
 from fp4jax.recipes import recipe
 
-_RESOLVED = 3.0  # standard errors
 _PROXIES = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
@@ -167,10 +166,12 @@ def _leverage(outliers: Float64[np.ndarray, " draws"], others: Float64[np.ndarra
 
 def _linear_response(rates: Sequence[float], rises: Sequence[Estimate]) -> str:
     """A sentence on where the outliers' loss rises in proportion to the rate."""
-    resolved = [index for index, rise in enumerate(rises) if rise.value > _RESOLVED * rise.standard_error]
+    resolved = [index for index, rise in enumerate(rises) if rise.value > RESOLVED * rise.standard_error]
     if not resolved:
         return "These draws do not resolve the rise of the outliers' loss at any rate."
     first = resolved[0]
+    if first == len(rates) - 1:
+        return f"Only at {rates[first]:g} is the rise of the outliers' loss above three standard errors."
     threshold = column_flips.linear_response_threshold(
         np.array(rates[first:]), np.array([rise.value for rise in rises[first:]])
     )

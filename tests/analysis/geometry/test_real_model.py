@@ -204,7 +204,7 @@ def test_leverage_over_nothing_is_left_out():
 
 
 def test_mixture_of_experts_is_refused():
-    config = Qwen3MoEConfig(**SIZES)
+    config = Qwen3MoEConfig(**SIZES, num_experts=4, num_experts_per_token=2)
     with pytest.raises(
         ValueError, match="moe is a mixture of experts; these experiments are of dense layers with self"
     ):
@@ -221,3 +221,4 @@ def test_linear_response_starts_where_the_rise_is_resolved():
     sentence = real_tables._linear_response((0.01, 0.1, 0.2, 1.0), [noise, clear, Estimate(2.1, 0.1, 3), clear])
     assert "from 0.1 on" in sentence and "up to 0.2" in sentence
     assert "do not resolve" in real_tables._linear_response((0.01,), [noise])
+    assert real_tables._linear_response((0.01, 0.1), [noise, clear]).startswith("Only at 0.1 ")
