@@ -7,6 +7,7 @@ Dense and DenseGeneral make one `DotGeneral` a layer, so its random stream is th
 it intercepts the calls of the modules that own weights (`nn.intercept_methods`, `fp4jax.intercept`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,6 +26,10 @@ RNG_STREAM = "fp4"
 _NOT_LINEAR = (nn.Embed, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm, nn.GroupNorm)
 _ROOT = "model"  # the path of a model that is itself one layer
 _log = logging.getLogger("fp4jax")
+
+# Part of the key of JAX's caches. `nn.jit` keeps what it traced by module and shapes, which are the same with and
+# without a policy: without this a model and its quantized self would be given each other's programs.
+_QUANTIZED = jax.make_user_context(None)
 
 
 class DotGeneral(nn.Module):
@@ -101,7 +106,7 @@ def quantize(
     return Quantized(module, as_policy(policy), rng_stream, backend, gemm)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # as a key of caches it is itself alone: `_seen` is of its own traces
 class Quantized:
     """A Linen module whose every call runs under a policy; `module` is the module as it was.
 
@@ -114,6 +119,8 @@ class Quantized:
     rng_stream: str
     backend: str
     gemm: str
+    # Products of every layer met so far, by path. Calls that find their program in a cache meet none.
+    _seen: dict[str, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __getattr__(self, name: str):
         value = getattr(self.module, name)
@@ -122,7 +129,7 @@ class Quantized:
 
         @functools.wraps(value)
         def under_the_policy(*args, **kwargs):
-            with nn.intercept_methods(_Interceptor(self, {})):
+            with self._intercepted():
                 return value(*args, **kwargs)
 
         return under_the_policy
@@ -133,11 +140,10 @@ class Quantized:
         Raises:
           ValueError: a whole model has no linear layer, or a rule of the policy matches none.
         """
-        seen = {}
-        with nn.intercept_methods(_Interceptor(self, seen)):
+        with self._intercepted():
             result = self.module.apply(variables, *args, rngs=rngs, method=method, **kwargs)
         if method is None:
-            self._check(seen)
+            self._check()
         return result
 
     def layers(self, variables, *args, **kwargs) -> dict[str, Recipe]:
@@ -146,18 +152,23 @@ class Quantized:
         Raises:
           ValueError: as `apply`.
         """
-        seen = {}
-        with nn.intercept_methods(_Interceptor(self, seen)):
+        fresh = dataclasses.replace(self)  # has met nothing and traces everything
+        with fresh._intercepted():
             jax.eval_shape(functools.partial(self.module.apply, **kwargs), variables, *args)
-        self._check(seen)
-        return {path: self.policy.recipe_for(path) for path in seen}
+        fresh._check()
+        return {path: self.policy.recipe_for(path) for path in fresh._seen}
 
-    def _check(self, seen: dict[str, int]) -> None:
-        if not seen:
+    @contextlib.contextmanager
+    def _intercepted(self):
+        with _QUANTIZED(self), nn.intercept_methods(_Interceptor(self, self._seen)):
+            yield
+
+    def _check(self) -> None:
+        if not self._seen:
             raise ValueError(
                 f"{type(self.module).__name__} has no linear layer: no module in it multiplies by its own parameter"
             )
-        _log.debug("%s", describe(self.policy.assign(seen)))
+        _log.debug("%s", describe(self.policy.assign(self._seen)))
 
 
 @dataclasses.dataclass

@@ -201,6 +201,21 @@ def test_a_whole_model_by_interception():
     assert recorded["intermediates"]["out"]["y"][0].shape == (2, 8, 24)
 
 
+def test_a_model_that_jits_itself():
+    """`nn.jit` keeps traces by module and shapes: each policy has its own, and a call that finds one is no error."""
+    plain = nn.jit(Attention)()
+    variables = {"params": jax.eval_shape(plain.init, jax.random.key(0), X)["params"]}
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables)
+    policies = "fp8+nearest", fp4jax.Policy.of(("up", "bf16"), (".", "fp8+nearest"))
+    models = [plain, *(fp4jax.linen.quantize(plain, policy) for policy in policies)]
+
+    def products(model):
+        return str(jax.make_jaxpr(lambda variables, x: model.apply(variables, x)[0])(zeros, X)).count("custom_vjp_call")
+
+    assert [products(model) for model in (*models, *models)] == [0, 3, 2, 0, 3, 2]
+    assert sorted(models[1].layers(zeros, X)) == ["out", "qkv", "up"]
+
+
 def test_a_scanned_model_without_its_stream_says_what_to_pass():
     for split, works in (({"params": True, "fp4": True}, True), ({"params": True}, False)):
         stack = nn.scan(nn.remat(Attention), variable_axes={"params": 0}, split_rngs=split, length=2)()
