@@ -62,7 +62,7 @@ test-peer: .venv-peer/.installed models eval-data ## against Transformer Engine,
 	.venv-examples/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r examples/requirements.txt
 	@touch $@
 
-test-examples: .venv-examples/.installed ## the examples on other people's models (installs beside .venv)
+test-examples: .venv-examples/.installed ## the examples on other people's models (installs 1.5 GB beside .venv)
 	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples $(ARGS)
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason

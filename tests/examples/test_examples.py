@@ -1,6 +1,7 @@
 """The examples as shipped, on models of other packages: the loss falls, every linear layer and nothing else is FP4."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import fp4jax
 
+GEMMS = "fprop", "dgrad", "wgrad"
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = [
     pytest.mark.peer,
@@ -43,6 +45,42 @@ def count(jaxpr, found=None) -> dict[str, int]:
 
 def falls(losses):
     return len(losses) == 20 and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The reports that an example makes."""
+    made, report = [], fp4jax.report
+
+    def recording(*args, **kwargs):
+        made.append(report(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(fp4jax, "report", recording)
+    return made
+
+
+def matrices(params, prefix: str) -> set[str]:
+    """The paths of all parameters of two axes or more, as a report writes them."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {".".join([prefix, *(str(key.key) for key in path)]) for path, leaf in leaves if leaf.ndim >= 2}
+
+
+def test_gemma_transformer(capsys, reports):
+    module = example("gemma_transformer", "gemma")
+    model, layers, losses = module.main()
+    assert falls(losses)
+    assert "30 of 45 products" in capsys.readouterr().out
+    plain = module.gm.nn.Transformer(config=module.CONFIG, dtype=jnp.float32)
+    variables = plain.init(jax.random.key(0), module.TOKENS)
+    weights = matrices(variables["params"], "state.params") - {"state.params.embedder.input_embedding"}
+    assert len(weights) == 2 * 5
+    (report,) = reports
+    assert {(row.layer, row.gemm) for row in report.fp4} == set(itertools.product(weights, GEMMS))
+    assert all(row.count == 1 and row.recipe == "averis" for row in report.fp4)
+    forward = jax.make_jaxpr(model.apply)(variables, module.TOKENS)
+    # Two products of attention a block and the head, which is the embedding, stay.
+    assert count(forward.jaxpr) == {"quantized": 2 * 5, "other": 2 * 2 + 1}
 
 
 def test_tunix_qwen3(capsys):
