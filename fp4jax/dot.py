@@ -135,6 +135,13 @@ def prepare(
 ) -> Prepared:
     """Quantizes an operand once for several products; no gradient flows through it.
 
+    >>> def keys_and_values(x, wk, wv):
+    ...     shared = prepare(x, "nvfp4")
+    ...     matrix_product = (((1,), (0,)), ((), ()))
+    ...     return [dot_general(x, w, matrix_product, recipe="nvfp4", lhs_q=shared) for w in (wk, wv)]
+    >>> [y.shape for y in jax.eval_shape(keys_and_values, *map(jnp.ones, ((16, 64), (64, 32), (64, 32))))]
+    [(16, 32), (16, 32)]
+
     Args:
       x: activations [*batch, *tokens, K] (`side="lhs"`) or weights [*batch, K, N] (`side="rhs"`).
       batch_dims: leading axes that count independent matrices.
