@@ -73,7 +73,7 @@ def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
 
 
 def _reference() -> dict[str, list[str]]:
-    """Module → its public names in full, in the order of the table of contents; none: all that the module itself has."""
+    """Module → its public names in full, in the order of its table of contents; none: all that it defines itself."""
     found = {}
     for name, module in fp4jax._DEFINED_IN.items():
         found.setdefault(module, []).append(f"{module}.{name}")

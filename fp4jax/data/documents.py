@@ -155,8 +155,8 @@ def split_of(text: str, validation_fraction: float) -> str:
     and copies of one text are never on both sides. The text's 64-bit BLAKE2b hash (RFC 7693) is a uniform draw that
     is compared with the fraction.
 
-    >>> [split_of(text, 0.5) for text in ("Fellow citizens", "Mr. Speaker", "Fellow citizens")]
-    ['validation', 'validation', 'validation']
+    >>> [split_of("Fellow citizens", fraction) for fraction in (0.1, 0.5)]
+    ['train', 'validation']
     """
     return split_of_utf8(text.encode("utf-8"), validation_fraction)
 

@@ -112,6 +112,24 @@ def test_flax_mnist(capsys):
     }  # fmt: skip
 
 
+def test_equinox_refuses_with_the_cure():
+    eqx = pytest.importorskip("equinox")
+    quantize = fp4jax.equinox.quantize
+    model = eqx.nn.MLP(16, 16, width_size=16, depth=1, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="rule 'mlp' matches none of the 2 linear layers, for example 'layers.0'"):
+        quantize(model, fp4jax.Policy.of(("mlp", "averis")))
+    with pytest.raises(ValueError, match="Dropout has no linear layer"):
+        quantize(eqx.nn.Dropout(0.5), "averis")
+    with pytest.raises(ValueError, match="layers.0 is quantized already: quantize the model as it was"):
+        quantize(quantize(model, "nvfp4"), "averis")
+
+    def loss(model, x):
+        return jnp.sum(jax.vmap(quantize(model, "averis"))(x))
+
+    with pytest.raises(ValueError, match="averis rounds gradients stochastically: pass key"):
+        eqx.filter_eval_shape(eqx.filter_grad(loss), model, jnp.ones((32, 16)))
+
+
 def test_equinox_mlp(capsys):
     module = example("equinox_mlp", "equinox")
     model, layers, losses = module.main()
