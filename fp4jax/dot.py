@@ -137,10 +137,9 @@ def prepare(
 
     >>> def keys_and_values(x, wk, wv):
     ...     shared = prepare(x, "nvfp4")
-    ...     matrix_product = (((1,), (0,)), ((), ()))
-    ...     return [dot_general(x, w, matrix_product, recipe="nvfp4", lhs_q=shared) for w in (wk, wv)]
-    >>> [y.shape for y in jax.eval_shape(keys_and_values, *map(jnp.ones, ((16, 64), (64, 32), (64, 32))))]
-    [(16, 32), (16, 32)]
+    ...     return [dot_general(x, w, (((1,), (0,)), ((), ())), recipe="nvfp4", lhs_q=shared) for w in (wk, wv)]
+    >>> len(jax.eval_shape(keys_and_values, *map(jnp.ones, ((16, 64), (64, 32), (64, 32)))))
+    2
 
     Args:
       x: activations [*batch, *tokens, K] (`side="lhs"`) or weights [*batch, K, N] (`side="rhs"`).

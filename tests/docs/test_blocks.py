@@ -48,13 +48,13 @@ print(json.dumps(printed))
     "page, program",
     [
         ("docs/index.md", ""),
+        ("docs/tutorial.md", ""),
         ("docs/your_recipe.md", ""),
         ("docs/your_kernel.md", ""),
         ("README.md", READERS_PROGRAM),
         ("docs/policies_and_schedules.md", READERS_PROGRAM),
         ("docs/recipes.md", READERS_PROGRAM),
         ("docs/report.md", READERS_PROGRAM),
-        ("docs/tutorial.md", READERS_PROGRAM),
         ("docs/your_model.md", READERS_PROGRAM),
     ],
 )
