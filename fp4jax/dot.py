@@ -135,11 +135,10 @@ def prepare(
 ) -> Prepared:
     """Quantizes an operand once for several products; no gradient flows through it.
 
-    >>> def keys_and_values(x, wk, wv):
-    ...     shared = prepare(x, "nvfp4")
-    ...     return [dot_general(x, w, (((1,), (0,)), ((), ())), recipe="nvfp4", lhs_q=shared) for w in (wk, wv)]
-    >>> len(jax.eval_shape(keys_and_values, *map(jnp.ones, ((16, 64), (64, 32), (64, 32)))))
-    2
+    >>> product = lambda x, w: dot_general(
+    ...     x, w, (((1,), (0,)), ((), ())), recipe="nvfp4", lhs_q=prepare(x, "nvfp4"))
+    >>> jax.eval_shape(product, jnp.ones((16, 64)), jnp.ones((64, 32))).shape
+    (16, 32)
 
     Args:
       x: activations [*batch, *tokens, K] (`side="lhs"`) or weights [*batch, K, N] (`side="rhs"`).
