@@ -63,7 +63,7 @@ test-peer: .venv-peer/.installed models eval-data ## against Transformer Engine,
 	@touch $@
 
 test-examples: .venv-examples/.installed ## the examples on other people's models (installs beside .venv)
-	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples $(ARGS)
+	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples tests/test_equinox.py $(ARGS)
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)
