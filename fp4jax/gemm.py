@@ -187,7 +187,7 @@ def _operand(value: QTensor | Array, contracted: tuple[int, ...], axis: int, dty
     if not isinstance(value, QTensor):
         return value, None
     scale = value.tensor_scale
-    if scale is not None and any(scale.shape[a] > 1 for a in contracted):
+    if scale is not None and any(scale.shape[a] != 1 for a in contracted):
         return value.scaled_values(padded=(axis,)), None
     return value.values(dtype, padded=(axis,)), scale
 
@@ -203,13 +203,14 @@ def _same_dtype(lhs, rhs):
 
 def _same_size(lhs, rhs, lhs_axis, rhs_axis):
     """Zero-pads the shorter contracted axis: a quantized operand comes in whole blocks, the other one may not."""
-    size = max(lhs.shape[lhs_axis], rhs.shape[rhs_axis])
+    sizes = lhs.shape[lhs_axis], rhs.shape[rhs_axis]
+    size = sizes[0] if sizes[0] == sizes[1] else max(sizes)  # symbols (`jax.export`) may have no order
     return _pad_to(lhs, lhs_axis, size), _pad_to(rhs, rhs_axis, size)
 
 
 def _pad_to(x, axis, size):
     missing = size - x.shape[axis]
-    if not missing:
+    if isinstance(missing, int) and missing == 0:
         return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])
 

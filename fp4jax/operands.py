@@ -283,6 +283,11 @@ def _split_low_rank(x, split: LowRankSplit, context: _Context, name: str):
 def exact_low_rank(x: Float32[Array, "..."], split: LowRankSplit, batch_dims: int) -> LowRank:
     """The part of x [*batch, *rows, features] that the split takes off, before its factors are quantized."""
     rows = math.prod(x.shape[batch_dims:-1])
+    if not isinstance(rows, int):
+        raise ValueError(
+            "a split of low rank takes its rank from the number of tokens, which a symbol (jax.export) does not tell: "
+            "export with fixed sizes, or under a recipe without such a split"
+        )
     rank = max(1, round(split.rank_fraction * min(rows, x.shape[-1])))
     left, right = low_rank_factors(x, rank, batch_dims, split.iterations)
     rows_axes = tuple(range(batch_dims, x.ndim - 1))
@@ -314,6 +319,6 @@ def _pad_axis(x, axis: int, multiple: int):
 
 def _pad_to(x, axis: int, size: int):
     missing = size - x.shape[axis]
-    if missing <= 0:
+    if isinstance(missing, int) and missing <= 0:
         return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])

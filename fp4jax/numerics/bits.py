@@ -111,5 +111,10 @@ def _iota(shape, axis):
 def _row_major(shape, counted_shape, start, stop):
     index = jnp.zeros([1] * len(shape), jnp.uint32)
     for axis in range(start, stop):
-        index = index * jnp.uint32(counted_shape[axis] % 2**32) + _iota(shape, axis)
+        index = index * _counter(counted_shape[axis]) + _iota(shape, axis)
     return index
+
+
+def _counter(size) -> UInt32[Array, ""]:
+    """A size modulo 2^32; under `jax.export` it may be a symbol, which is an int32 when the program runs."""
+    return jnp.uint32(size % 2**32) if isinstance(size, int) else jnp.asarray(size).astype(jnp.uint32)

@@ -5,6 +5,7 @@ Blocked axes are negative numbers. An array with axes [..., n, ...] in blocks of
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float32
 
 
@@ -24,8 +25,15 @@ def inner_axes(rank: int, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 def pad_to_blocks(x: Float32[Array, "..."], axes: tuple[int, ...], multiple: int) -> Float32[Array, "..."]:
     """Zeros behind the end of every axis of `axes` up to a multiple."""
-    widths = [(0, -size % multiple if axis - x.ndim in axes else 0) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+    widths = [whole(size, multiple) - size if axis - x.ndim in axes else 0 for axis, size in enumerate(x.shape)]
+    if all(isinstance(width, int) and width == 0 for width in widths):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, width, 0) for width in widths])
+
+
+def whole(size, multiple: int):
+    """The next multiple. In this form a size that is a symbol (`jax.export`) cancels where it is subtracted or halved."""
+    return -(-size // multiple) * multiple
 
 
 def over_blocks(
@@ -39,6 +47,11 @@ def over_blocks(
     """
     new_shape = []
     for axis, size in enumerate(outer.shape):
+        if axis - len(shape) in axes and not isinstance(size, int):
+            raise ValueError(
+                "a scale for several blocks along an axis whose size is a symbol (jax.export) is not supported: export "
+                "with fixed sizes, or under a recipe whose formats have no such scale"
+            )
         if axis - len(shape) in axes and size > 1:
             blocks = shape[axis] // block
             outer = jnp.repeat(outer, blocks // size, axis=axis)
