@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from fp4jax import scopes
 from fp4jax.numerics import QTensor, row_count
+from fp4jax.numerics.blocks import Shape
 from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
@@ -46,7 +47,7 @@ def contract_features(
 
 
 def contract_tokens(
-    x: Part, d: Part, recipe: Recipe, shape: tuple[int, ...], batch_dims: int, dtype, precision, row_mask
+    x: Part, d: Part, recipe: Recipe, shape: Shape, batch_dims: int, dtype, precision, row_mask
 ) -> Float[Array, "*batch K N"]:
     """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]."""
     product = functools.partial(_over_tokens, rank=len(shape), batch_dims=batch_dims, dtype=dtype, precision=precision)

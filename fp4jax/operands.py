@@ -27,6 +27,7 @@ from fp4jax.numerics import (
     residual,
     rotate,
 )  # fmt: skip
+from fp4jax.numerics.blocks import Shape, Size
 from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 
 # Streams of random bits, one for every quantization of a linear layer; frozen, or runs would not repeat.
@@ -149,7 +150,7 @@ class _Context:
             scale_words=fold(stream, bits.SCALES) if stochastic_scales else None,
         )  # fmt: skip
 
-    def signs(self, operand: Operand, slot: str, shape: tuple[int, ...], axis: int):
+    def signs(self, operand: Operand, slot: str, shape: Shape, axis: int):
         """Fresh signs for a transform of an array of `shape` along `axis`: one set, repeated over the batch axes."""
         if not operand.fresh_signs:
             return None
@@ -238,7 +239,7 @@ def dequantize(value: QTensor | Array) -> Float32[Array, "..."]:
 
 
 def column_sums(
-    value: QTensor | Array, axes: tuple[int, ...], operand: Operand, shape: tuple[int, ...], row_mask, signs
+    value: QTensor | Array, axes: tuple[int, ...], operand: Operand, shape: Shape, row_mask, signs
 ) -> Float32[Array, "..."]:
     """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
 
@@ -317,7 +318,7 @@ def _pad_axis(x, axis: int, multiple: int):
     return _pad_to(x, axis, -(-x.shape[axis] // multiple) * multiple)
 
 
-def _pad_to(x, axis: int, size: int):
+def _pad_to(x, axis: int, size: Size):
     missing = size - x.shape[axis]
     if isinstance(missing, int) and missing <= 0:
         return x

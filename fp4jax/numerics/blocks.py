@@ -4,12 +4,18 @@ Blocked axes are negative numbers. An array with axes [..., n, ...] in blocks of
 [..., n / b, b, ...]; what belongs to a block has size 1 in place of b.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
 
+Size = Any
+"""An int. Under `jax.export` it may be a symbolic dimension, whose class JAX keeps to itself."""
+Shape = tuple[Size, ...]
 
-def blocked_shape(shape: tuple[int, ...], axes: tuple[int, ...], block: int) -> tuple[int, ...]:
+
+def blocked_shape(shape: Shape, axes: tuple[int, ...], block: int) -> Shape:
     """`shape` with every axis of `axes` split into (blocks, block)."""
     new_shape = []
     for axis, size in enumerate(shape):
@@ -31,14 +37,12 @@ def pad_to_blocks(x: Float32[Array, "..."], axes: tuple[int, ...], multiple: int
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, width, 0) for width in widths])
 
 
-def whole(size, multiple: int):
-    """The next multiple. In this form a size that is a symbol (`jax.export`) cancels where it is subtracted or halved."""
+def whole(size: Size, multiple: int) -> Size:
+    """The next multiple, in a form that JAX simplifies for symbolic dimensions where it is subtracted or halved."""
     return -(-size // multiple) * multiple
 
 
-def over_blocks(
-    outer: Float32[Array, "..."], shape: tuple[int, ...], axes: tuple[int, ...], block: int
-) -> Float32[Array, "..."]:
+def over_blocks(outer: Float32[Array, "..."], shape: Shape, axes: tuple[int, ...], block: int) -> Float32[Array, "..."]:
     """What belongs to a matrix, a vector or several blocks, shaped to meet what belongs to each block.
 
     Args:
