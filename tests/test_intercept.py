@@ -46,6 +46,8 @@ def run(function, x=X, w=W):
         lambda x, w: jax.checkpoint(lambda x, w: x @ w)(x, w),
         lambda x, w: jnp.tensordot(x, w[:, :2], 1),
         lambda x, w: jnp.dot(x, w),
+        lambda x, w: jnp.inner(x, w),
+        lambda x, w: x @ w[np.asarray([3, 1])].T,
         lambda x, w: jnp.einsum("df,td->tf", w, x),
         lambda x, w: jnp.einsum("td,df,tf->t", x, w, x),
         lambda x, w: x @ jnp.asarray(w, w.dtype),
@@ -107,6 +109,22 @@ def own_rule(x, w):
 
 own_rule.defjvp(lambda primals, tangents: (own_rule(*primals), own_rule(*tangents)))
 
+
+@jax.custom_vjp
+def own_derivative(x, w):
+    return x @ w
+
+
+own_derivative.defvjp(lambda x, w: (x @ w, w), lambda w, d: (d @ w.T, w))
+
+
+@jax.custom_batching.custom_vmap
+def batched(x, w):
+    return x @ w
+
+
+batched.def_vmap(lambda size, is_batched, x, w: (x @ w, True))
+
 SIZES = jnp.asarray([1, 2])
 INSIDE = "layer multiplies by its weight inside a "
 CHANGED = "layer multiplies by a weight that data has masked, scaled or chosen: mask or scale the activations"
@@ -126,6 +144,8 @@ def in_a_scan(step, init):
         (lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] < 0, lambda x: x @ w, x), INSIDE + "while"),
         (lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x), INSIDE + "cond"),
         (lambda x, w: own_rule(x, w), INSIDE + "custom_jvp_call"),
+        (lambda x, w: batched(x, w), INSIDE + "custom_vmap_call"),
+        (lambda x, w: jax.nn.silu(own_derivative(x, w)), INSIDE + "custom_vjp_call"),
         (lambda x, w: jax.shard_map(own_product, mesh=MESH, in_specs=P(), out_specs=P())(x, w), INSIDE + "shard_map"),
         (lambda x, w: x @ (w * jnp.sign(x[:1].T)), CHANGED),
         (lambda x, w: x @ jnp.where(x[0] > 0, w, 0).T, CHANGED),

@@ -288,3 +288,26 @@ def test_a_module_that_would_lose_its_policy_is_not_given_away():
         model.bind({"params": {"kernel": jnp.ones((24, 24)), "bias": jnp.ones(24)}})
     with pytest.raises(ValueError, match="clone gives a module"):
         model.clone(features=8)
+
+
+class Noisy(nn.Module):
+    """A weight to which data is added: interception cannot tell it from a learned position."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (24, 24))
+        return nn.Dense(24, name="up")(x) @ (w + jax.random.normal(self.make_rng("noise"), w.shape))
+
+
+def test_the_report_shows_what_interception_cannot_tell(caplog):
+    model = fp4jax.linen.quantize(Noisy(), "nvfp4+nearest")
+    params = jax.eval_shape(Noisy().init, {"params": KEY, "noise": KEY}, X)
+
+    def forward(params, x, key):
+        return model.apply(params, x, rngs={"noise": key})
+
+    with caplog.at_level("WARNING", "fp4jax"):
+        report = fp4jax.report(forward, params, X, KEY, compile_program=False)
+    assert "model owns a weight and multiplied nothing by it" in caplog.text
+    assert "1 of 2 products" in str(report) and "not given to fp4jax (1)" in str(report)
+    assert "params.params.w" in str(report)

@@ -51,6 +51,21 @@ def test_checkpoint(policy):
     assert_identical(got, plain_step(list(WEIGHTS), X, KEYS))
 
 
+def test_vmap_over_examples_makes_them_tokens_of_one_product():
+    """Which share statistics and sum the weight gradient: the whole batch in one call."""
+
+    def loss(w, x):
+        return loss_of(jax.vmap(lambda x: product(x, w, KEY))(x))
+
+    step, plain = (jax.value_and_grad(f, argnums=(0, 1)) for f in (loss, lambda w, x: loss_of(product(x, w, KEY))))
+    assert_close(contract.jit(step)(WEIGHTS[0], X), contract.jit(plain)(WEIGHTS[0], X))
+
+
+def test_second_derivatives_are_refused():
+    with pytest.raises(NotImplementedError, match="can be differentiated once.*recipe='bf16'"):
+        jax.eval_shape(jax.hessian(lambda x: loss_of(product(x, WEIGHTS[0], KEY))), X)
+
+
 def test_vmap_over_keys_and_weights_makes_independent_products():
     """Each as it would be alone: its own statistics and draws, its own gradients."""
     one = jax.value_and_grad(lambda w, key: loss_of(product(X, w, key)))
