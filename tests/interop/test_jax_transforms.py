@@ -162,7 +162,7 @@ def mixed(library: str, dtype):
     return lambda w, x: model.apply({"params": {"w": w}}, x, rngs={"fp4": KEY}), keys[0]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("library", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_float32_parameters_computed_in_another_dtype(library, dtype):
     forward, key = mixed(library, dtype)
