@@ -14,8 +14,10 @@ from fp4jax.comparison.pages import Page, Section, html, markdown
 from fp4jax.comparison.plan import read_json
 from fp4jax.comparison.records import Record
 from fp4jax.comparison.run import write_atomically
+from fp4jax.locking import locked
 
 NUMBERS = "comparison.json"
+LOCK = "report.lock"
 
 
 def write(workdir: Path, found: Sequence[Record], declaration: dict, command: str, missing: int) -> Path:
@@ -26,8 +28,10 @@ def write(workdir: Path, found: Sequence[Record], declaration: dict, command: st
         "missing_runs": missing,
         "runs": records.to_json(found),
     }
-    write_atomically(workdir / NUMBERS, value)
-    return redraw(workdir)
+    # Commands with other seeds of the same comparison may be at their reports, too.
+    with locked(workdir / LOCK):
+        write_atomically(workdir / NUMBERS, value)
+        return _draw(workdir)
 
 
 def redraw(workdir: Path) -> Path:
@@ -38,15 +42,20 @@ def redraw(workdir: Path) -> Path:
     """
     if not (workdir / NUMBERS).exists():
         raise ValueError(f"{workdir} holds no {NUMBERS}: make the comparison first")
+    with locked(workdir / LOCK):
+        return _draw(workdir)
+
+
+def _draw(workdir: Path) -> Path:
     value = read_json(workdir / NUMBERS, ("command", "declaration", "missing_runs", "runs"))
     found, declaration = records.from_json(value["runs"]), value["declaration"]
     drawn = figures.draw(found, declaration["baseline"])
     page = _page(found, declaration, value["command"], value["missing_runs"], drawn)
     for name, figure in drawn.items():
-        (workdir / f"{name}.png").write_bytes(figures.png(figure))
-    (workdir / "report.md").write_text(markdown(page), encoding="utf-8")
+        write_atomically(workdir / f"{name}.png", figures.png(figure))
+    write_atomically(workdir / "report.md", markdown(page).encode())
     path = workdir / "report.html"
-    path.write_text(html(page), encoding="utf-8")
+    write_atomically(path, html(page).encode())
     return path
 
 

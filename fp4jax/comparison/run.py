@@ -17,6 +17,7 @@ from rich.console import Console
 from fp4jax.comparison.plan import load_config
 from fp4jax.training import train
 from fp4jax.training.loop import NonFiniteLossError
+from fp4jax.training.preemption import Preempted
 
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 
@@ -29,6 +30,9 @@ def main(folder: Path) -> int:
         train(config, folder, Console(width=120))
     except NonFiniteLossError as error:
         diverged = str(error)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -37,10 +41,11 @@ def main(folder: Path) -> int:
     return 0
 
 
-def write_atomically(path: Path, value: dict) -> None:
-    """Writes JSON that is there whole or not at all."""
+def write_atomically(path: Path, value: dict | bytes) -> None:
+    """Writes a file that is there whole or not at all: bytes, or an object as JSON."""
+    content = value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode()
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
