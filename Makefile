@@ -63,7 +63,7 @@ test-peer: .venv-peer/.installed models eval-data ## against Transformer Engine,
 	@touch $@
 
 test-examples: .venv-examples/.installed ## the examples on other people's models (installs 1.5 GB beside .venv)
-	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples $(ARGS)
+	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples tests/test_equinox.py $(ARGS)
 
 test-wheel: $(INSTALLED) ## build the wheel, install it in an empty environment, run the README's example, time the import
 	JAX_PLATFORMS=cpu $(PYTHON_VENV) scripts/check_wheel.py

@@ -97,7 +97,8 @@ def quantize(
       policy: rules over the layers' paths, such as "layer_0.attn.q_einsum"; or one recipe for all of them.
 
     Raises:
-      ValueError: no Linen module, or an unknown recipe.
+      ValueError: no Linen module, or an unknown recipe. When applied: a product of a weight that cannot be replaced
+        (`fp4jax.origins`).
     """
     if not isinstance(module, nn.Module):
         raise ValueError(
@@ -130,7 +131,13 @@ class Quantized:
         @functools.wraps(value)
         def under_the_policy(*args, **kwargs):
             with self._intercepted():
-                return value(*args, **kwargs)
+                result = value(*args, **kwargs)
+            if isinstance(result, nn.Module):
+                raise ValueError(
+                    f"{name} gives a module that is not under the policy: use apply, or quantize what {name} of the "
+                    "module itself gives"
+                )
+            return result
 
         return under_the_policy
 
@@ -140,8 +147,9 @@ class Quantized:
         Raises:
           ValueError: a whole model has no linear layer, or a rule of the policy matches none.
         """
+        args, kwargs = intercept.arguments_as_jax((args, kwargs))
         with self._intercepted():
-            result = self.module.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+            result = self.module.apply(intercept.as_jax(variables), *args, rngs=rngs, method=method, **kwargs)
         if method is None:
             self._check()
         return result
@@ -177,17 +185,30 @@ class _Interceptor:
 
     Attributes:
       seen: products of every layer by its path, filled as layers are called.
+      running: the paths of the layers whose calls are under way.
     """
 
     model: Quantized
     seen: dict[str, int]
+    running: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(self, method, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__" or module.is_initializing() or not _may_be_linear(module):
+        if module.is_initializing() or not _may_be_linear(module):
             return method(*args, **kwargs)
         path = ".".join(module.path) or _ROOT
         recipe = self.model.policy.recipe_for(path)
+        if context.method_name != "__call__":
+            if path not in self.running and not recipe.is_high_precision:
+                intercept.report_left((path,), f"its method {context.method_name} is not __call__ and stays as it is")
+            return method(*args, **kwargs)
+        self.running.append(path)
+        try:
+            return self._run(module, path, recipe, method, args, kwargs)
+        finally:
+            self.running.pop()
+
+    def _run(self, module: nn.Module, path: str, recipe: Recipe, method, args, kwargs):
         state = _MutableState(module.scope)
 
         def function():
@@ -195,10 +216,14 @@ class _Interceptor:
             return result, state.changes()
 
         product = functools.partial(self._product, module, recipe)
-        (result, changes), replaced = intercept.call(function, _own_weights(module), product, path)
+        (result, changes), replaced = intercept.call(
+            function, _own_weights(module), product, path, refuse=not recipe.is_high_precision
+        )
         state.write(changes)
         if replaced:
             self.seen[path] = self.seen.get(path, 0) + replaced
+        elif not recipe.is_high_precision:
+            intercept.report_no_product(path)
         return result
 
     def _product(self, module: nn.Module, recipe: Recipe, lhs, rhs, dimension_numbers, **options):
