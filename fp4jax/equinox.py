@@ -108,6 +108,11 @@ def quantize(
 def layers(model: eqx.Module, policy: Policy | str | Recipe) -> dict[str, Recipe]:
     """The recipe that `quantize` gives every linear layer, by its path.
 
+    >>> model = eqx.nn.MLP(16, 4, width_size=32, depth=1, key=jax.random.key(0))
+    >>> policy = Policy.of(("layers.1", "bf16"), (".", "averis"))
+    >>> {path: recipe.name for path, recipe in layers(model, policy).items()}
+    {'layers.0': 'averis', 'layers.1': 'bf16'}
+
     Raises:
       ValueError: as `quantize`.
     """

@@ -113,6 +113,12 @@ def quantize(
 ) -> dict[str, Recipe]:
     """Puts the linear layers of a whole model under a policy, in place; `restore` takes it back.
 
+    >>> model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> {path: recipe.name for path, recipe in quantize(model, "averis", rngs=nnx.Rngs(fp4=0)).items()}
+    {'layers.0': 'averis'}
+    >>> restore(model)
+    ['layers.0']
+
     Parameters stay what and where they are. Every quantized layer gets a random stream of its own, which is part of the
     model's state as Dropout's is. Layers that the policy leaves in high precision are not touched. All layers are
     checked before the first is changed: a model that is refused is as it was.

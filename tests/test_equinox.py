@@ -1,5 +1,7 @@
 """Whole Equinox models: which layers are found, what is said of the rest, and what is refused."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,11 @@ def model():
 
 def program(model, x=X) -> str:
     return str(jax.make_jaxpr(lambda x: jax.vmap(model)(x))(x))
+
+
+def test_docstrings_are_true():
+    result = doctest.testmod(fp4jax.equinox)
+    assert result.failed == 0 and result.attempted > 0
 
 
 def test_what_is_left_is_said(caplog):

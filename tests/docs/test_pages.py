@@ -25,7 +25,7 @@ def defining_module(name: str) -> str:
 
 
 CALLABLE = {name for name in fp4jax._DEFINED_IN if callable(getattr(fp4jax, name))}
-MODULES = {defining_module(name) for name in CALLABLE - WITHOUT_EXAMPLE} | DATA
+MODULES = {defining_module(name) for name in CALLABLE - WITHOUT_EXAMPLE} | DATA | {"fp4jax.linen", "fp4jax.nnx"}
 
 
 @pytest.mark.parametrize("name", sorted(CALLABLE - WITHOUT_EXAMPLE))
