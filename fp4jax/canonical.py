@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from fp4jax.numerics.blocks import Shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -25,7 +27,7 @@ class Layout:
     """
 
     batch_dims: int
-    shape: tuple[int, ...]
+    shape: Shape
     row_axes: tuple[int, ...]
 
     @property

@@ -33,6 +33,10 @@ _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 class Policy:
     """Ordered rules from layer path to recipe: the first that matches wins, a layer without a match is not quantized.
 
+    >>> policy = Policy.of(("lm_head", "bf16"), (".", "averis"))
+    >>> {path: recipe.name for path, recipe in policy.assign(["layers.0.mlp.up_proj", "lm_head"]).items()}
+    {'layers.0.mlp.up_proj': 'averis', 'lm_head': 'bf16'}
+
     Attributes:
       rules: (regular expression, recipe) pairs; the expression is searched for in paths such as
         `"layers.3.mlp.down_proj"`.
@@ -75,6 +79,10 @@ class Policy:
 @dataclasses.dataclass(frozen=True)
 class PolicyFile:
     """Rules that name recipes, and where they come from: what a policy file holds.
+
+    >>> file = PolicyFile((("down_proj", "bf16"), (".", "run")), {"command": "by hand"})
+    >>> file.policy("averis").recipe_for("layers.0.self_attn.o_proj").name
+    'averis'
 
     Attributes:
       rules: (regular expression, recipe name or `RUN_RECIPE`) pairs, in order; at least one.

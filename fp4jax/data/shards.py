@@ -31,6 +31,9 @@ MAX_WINDOW_BYTES = 1 << 31
 def find_shards(source: str | os.PathLike, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
     """Lists the shards that `source` names, sorted by path.
 
+    >>> find_shards("embedded")[0].name
+    'shard_00000000_processed.jsonl.zst'
+
     Args:
       source: "embedded"; a folder, searched recursively; one shard; or a glob, in which `**` crosses folders.
       suffixes: what the names of shards end in.
