@@ -38,7 +38,7 @@ def params_of(gradients) -> list:
     return [leaf for leaf in jax.tree.leaves(gradients) if leaf.shape[-1] == X.shape[-1]]
 
 
-@pytest.mark.parametrize("kind", ["slot", "own"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_jit_and_value_and_grad(kind):
     model = nnx_model(kind)
 
