@@ -7,12 +7,13 @@
 none, save, ... of one process. A stretch begins before the step that is saved: the loop's standing still, what the
 writing takes from the steps after it, and the step that cannot be read ahead over a save are all in it. The cost of
 saving is the ratio of neighbours. Data waiting is `data_wait` of the same run. `memory`: a model of 0.8 million
-parameters, 2,000 steps with a save and a validation every EVERY steps; resident memory after each step.
+parameters, 2,000 steps with a save and a validation every EVERY steps; the process's memory after each step.
 
 The same command goes on with a run that was interrupted; stretches that an interruption fell into do not count.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -69,7 +70,7 @@ def memory_config(steps: int) -> ml_collections.ConfigDict:
 def trained(
     config: ml_collections.ConfigDict, workdir: Path, before_step: Callable[[ml_collections.ConfigDict, int], None]
 ) -> list[dict]:
-    """Trains, and returns a mark for each step: when its result had arrived, processor time so far, resident memory.
+    """Trains, and returns a mark for each step: when its result had arrived, processor time so far, memory.
 
     before_step: is given the running configuration and the number of the step that was finished last.
     """
@@ -80,7 +81,7 @@ def trained(
         report(self, running, *arguments, **named)
         mark = {"process": process, "step": running.step, "wall": time.perf_counter(), "cpu": time.process_time()}
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(mark | {"resident": resident_bytes()}) + "\n")
+            file.write(json.dumps(mark | memory()) + "\n")
         before_step(self.static.config, running.step)
 
     _Loop._report = marking
@@ -93,9 +94,29 @@ def trained(
     return [marks[step] for step in sorted(marks)]
 
 
-def resident_bytes() -> int:
-    """Of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+class Mallinfo2(ctypes.Structure):
+    """glibc's mallinfo2: bytes in its arenas and in mappings of their own, in use and not."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: `own`, its anonymous pages, swapped ones too, and `in_use`, what was allocated of them.
+
+    Pages of files, such as those of libraries, come and go with what else the machine does; they are not counted. What
+    is own and not in use are the gaps that glibc's allocator keeps for later.
+    """
+    lines = (
+        line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line[:3] in ("Rss", "VmS")
+    )
+    kilobytes = {name: int(value.split()[0]) for name, value in lines}
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Mallinfo2
+    info = mallinfo2()
+    return {"own": 1024 * (kilobytes["RssAnon"] + kilobytes["VmSwap"]), "in_use": info.uordblks + info.hblkhd}
 
 
 def save_only_where_due(config: ml_collections.ConfigDict, step: int) -> None:
@@ -153,18 +174,26 @@ def measure_memory(workdir: Path, steps: int) -> dict:
     marks = trained(config, workdir, lambda config, step: None)
     if len({mark["process"] for mark in marks}) > 1:
         raise ValueError(f"{workdir} was interrupted: memory is that of one process; remove it and start anew")
-    resident = {mark["step"]: mark["resident"] for mark in marks}
     starts = range(WARM_UP + 1, steps - WINDOW + 2, WINDOW)
-    windows = [[resident[step] for step in range(start, start + WINDOW)] for start in starts]
-    medians, peaks = [statistics.median(window) for window in windows], [max(window) for window in windows]
     return {
         "model": config.model.to_dict() | {"seq_len": config.seq_len, "batch_size": config.batch_size},
         "steps": steps,
         "saves_and_validations_every": EVERY,
         "warm_up_steps": WARM_UP,
         "window_steps": WINDOW,
-        "median_mb_of_windows": [value / 1e6 for value in medians],
-        "peak_mb_of_windows": [value / 1e6 for value in peaks],
+        **{
+            kind: of_windows([[marks[step - 1][kind] for step in range(start, start + WINDOW)] for start in starts])
+            for kind in ("own", "in_use")
+        },
+    }
+
+
+def of_windows(windows: Sequence[Sequence[int]]) -> dict:
+    """What the memory of consecutive windows of steps says."""
+    medians, peaks = [statistics.median(window) for window in windows], [max(window) for window in windows]
+    return {
+        "median_mb": [value / 1e6 for value in medians],
+        "peak_mb": [value / 1e6 for value in peaks],
         "last_over_first_median": medians[-1] / medians[0] - 1,
         "last_over_first_peak": peaks[-1] / peaks[0] - 1,
         "largest_distance_from_first_median": max(abs(value / medians[0] - 1) for value in medians),

@@ -8,11 +8,11 @@ lines.
 import collections
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from fp4jax.data.errors import DataError
+from fp4jax.data.json_files import parse_json
 from fp4jax.data.shards import MAX_LINE_BYTES, read_lines
 
 SPLITS = ("train", "validation")
@@ -123,10 +123,10 @@ def _parse(line: bytes, text_key: str) -> tuple[str | None, str]:
     if len(line) > MAX_LINE_BYTES:
         return None, TOO_LONG
     try:
-        parsed = json.loads(line.decode("utf-8"))
+        parsed = parse_json(line)
     except UnicodeDecodeError:
         return None, "not UTF-8"
-    except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
+    except ValueError:
         return None, "not JSON"
     if not isinstance(parsed, dict):
         return None, "not a JSON object"

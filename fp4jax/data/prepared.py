@@ -23,12 +23,25 @@ from jaxtyping import UInt
 from fp4jax.data.corpus import CHECKED_BYTES
 from fp4jax.data.documents import SPLITS
 from fp4jax.data.errors import DataError
+from fp4jax.data.json_files import check_fields, from_fields, one_line, parse_json
+from fp4jax.data.packing import TOKEN_DTYPES
 
 INDEX = "index.json"
 PARTIAL = "partial"
 """Folder with the state of a preparation that is not finished."""
 
 FORMAT = "fp4jax prepared set, version 1"
+_INDEX = {
+    "tokenizer": dict[str, Any],
+    "dtype": str,
+    "record_tokens": int,
+    "options": dict[str, Any],
+    "inputs": list[dict[str, Any]],
+    "documents_read": int,
+    "drops": dict[str, int],
+    "splits": dict[str, Any],
+}
+_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "end_of_text": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +121,38 @@ class PreparedSet:
         """Reads the index alone; raises DataError if it is missing or of another kind."""
         path = folder / INDEX
         try:
-            index = json.loads(path.read_bytes())
-            if index.pop("format") != FORMAT:
-                raise ValueError("another format")
-            splits = {
-                name: PreparedSplit(
-                    tuple(ShardFacts(**shard) for shard in index["splits"][name]["shards"]),
-                    index["splits"][name]["unigram_entropy"],
-                )
-                for name in SPLITS
-            }
-            return cls(**index | {"folder": folder, "splits": splits, "dtype": np.dtype(index["dtype"]),
-                                  "inputs": tuple(index["inputs"])})  # fmt: skip
+            return cls._from_index(folder, parse_json(path.read_bytes()))
         except OSError as error:
             raise DataError(
                 f"{folder} is no finished prepared set: {path} cannot be read ({error.strerror}); "
                 "run `python -m fp4jax.data.prepare` again, it goes on where it was"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise DataError(
-                f"{path} is not an index of {FORMAT!r} ({type(error).__name__}: {error}); prepare the data again"
+                f"{path} is not an index of {FORMAT!r} ({one_line(error)}); prepare the data again"
             ) from error
+
+    @classmethod
+    def _from_index(cls, folder: pathlib.Path, index: Any) -> "PreparedSet":
+        """The set that an index describes; ValueError for what is none."""
+        if check_fields(index, {"format": str})["format"] != FORMAT:
+            raise ValueError(f"format {index['format']!r}")
+        check_fields(index, _INDEX)
+        check_fields(index["tokenizer"], _TOKENIZER)
+        check_fields(index["options"], {"validation_fraction": float})
+        if index["dtype"] not in TOKEN_DTYPES or index["record_tokens"] < 1:
+            raise ValueError(f"records of {index['record_tokens']} tokens of type {index['dtype']!r}")
+        return cls(
+            folder=folder,
+            tokenizer=index["tokenizer"],
+            dtype=np.dtype(index["dtype"]),
+            record_tokens=index["record_tokens"],
+            options=index["options"],
+            inputs=tuple(index["inputs"]),
+            documents_read=index["documents_read"],
+            drops=index["drops"],
+            splits={name: _split_from_index(index["splits"].get(name)) for name in SPLITS},
+        )
 
     def index_json(self) -> str:
         """The content of the index: a function of the inputs and the options alone."""
@@ -147,6 +171,17 @@ class PreparedSet:
     def stream(self, split: str) -> "ShardedStream":
         """The token stream of a split."""
         return ShardedStream(self, split)
+
+
+def _split_from_index(value: Any) -> PreparedSplit:
+    check_fields(value, {"shards": list[Any], "unigram_entropy": float})
+    shards = tuple(from_fields(ShardFacts, shard) for shard in value["shards"])
+    for shard in shards:
+        if pathlib.PurePath(shard.file).name != shard.file or "\0" in shard.file:
+            raise ValueError(f"shard {shard.file!r} is no file of the folder")
+        if min(shard.documents, shard.tokens, shard.bytes) < 0:
+            raise ValueError(f"shard {shard.file!r} has a negative size")
+    return PreparedSplit(shards, value["unigram_entropy"])
 
 
 def is_prepared(folder: pathlib.Path) -> bool:

@@ -26,15 +26,15 @@ EMBEDDED_FOLDER = pathlib.Path(__file__).parent / "embedded"
 SUFFIXES = (".jsonl.zst", ".jsonl.zstd", ".jsonl.gz", ".jsonl")
 READ_BYTES = 1 << 16
 ZSTD_BYTES = 1 << 12
-"""Compressed bytes that zstd is given at once. A block of 4 bytes may stand for 128 KiB, so that these are up to 128 MiB;
-text is decompressed at 97 % of the speed that READ_BYTES at once would have."""
+"""Compressed bytes that zstd is given at once. Four of them may stand for 128 KiB, so these for up to 128 MiB; text is
+decompressed at 97 % of the speed that READ_BYTES at once would have."""
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are skipped, as other lines that hold no document."""
 
 MAX_RATIO, RATIO_FROM_BYTES = 200, 256 << 20
-"""A shard that gives over RATIO_FROM_BYTES, and over MAX_RATIO times the bytes that were read for them, is a decompression
-bomb. Text gives 3 to 10 times; zstd can give 32,749 times, gzip 1,028 times."""
+"""A shard that gives over RATIO_FROM_BYTES, and over MAX_RATIO times the bytes that were read for them, is a
+decompression bomb. Text gives 3 to 10 times; zstd can give 32,749 times, gzip 1,028 times."""
 
 # zstd refuses windows over 128 MiB unless told otherwise; shards compressed with `zstd --long=31` need 2 GiB.
 MAX_WINDOW_BYTES = 1 << 31

@@ -15,6 +15,8 @@ import numpy as np
 import safetensors
 from jaxtyping import Shaped
 
+from fp4jax.data.json_files import parse_json
+
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -96,7 +98,7 @@ def _open(path: pathlib.Path) -> dict[str, StoredTensor]:
 def read_json(path: pathlib.Path) -> dict | str:
     """The object in a JSON file, or what is wrong with the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     except ValueError as error:

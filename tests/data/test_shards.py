@@ -168,7 +168,9 @@ def test_a_decompression_bomb(tmp_path, monkeypatch, name, encode):
     shard.write_bytes(encode(bytes(1 << 20)))
     assert sum(map(len, read_lines(shard))) == 1 << 20  # small enough to be let through
     shard.write_bytes(encode(b"\n" * (4 << 20)))
-    with pytest.raises(DataError, match=r"bomb\.jsonl.* is a decompression bomb: [\d,]+ bytes give over [\d,]+, and 200"):
+    with pytest.raises(
+        DataError, match=r"bomb\.jsonl.* is a decompression bomb: [\d,]+ bytes give over [\d,]+, and 200"
+    ):
         list(read_lines(shard))
 
 
