@@ -109,14 +109,12 @@ def memory() -> dict[str, int]:
     Pages of files, such as those of libraries, come and go with what else the machine does; they are not counted. What
     is own and not in use are the gaps that glibc's allocator keeps for later.
     """
-    lines = (
-        line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line[:3] in ("Rss", "VmS")
-    )
-    kilobytes = {name: int(value.split()[0]) for name, value in lines}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    kilobytes = sum(int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = Mallinfo2
     info = mallinfo2()
-    return {"own": 1024 * (kilobytes["RssAnon"] + kilobytes["VmSwap"]), "in_use": info.uordblks + info.hblkhd}
+    return {"own": 1024 * kilobytes, "in_use": info.uordblks + info.hblkhd}
 
 
 def save_only_where_due(config: ml_collections.ConfigDict, step: int) -> None:

@@ -190,6 +190,23 @@ def _watchdog() -> dict:
     return {"timeout": 3600.0, "slow_step": 3.0}
 
 
+def config_from(values: Mapping) -> ml_collections.ConfigDict:
+    """The configuration that a file of ours holds: the defaults with these values.
+
+    Raises:
+      ConfigError: a key that there is not, or a value of another type: another version of the code wrote it.
+    """
+    config = default_config()
+    accepted = set(flatten(config))
+    for key in flatten(values):
+        check_key(key, accepted)
+    try:
+        config.update(values)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"a stored configuration does not fit this version of the code ({error})") from None
+    return config
+
+
 def flatten(config: Mapping | ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
     """Returns {"model.num_layers": 4, ...} for a nested config."""
     flat = {}

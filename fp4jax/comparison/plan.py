@@ -10,7 +10,6 @@ from typing import Any
 import ml_collections
 
 from fp4jax.checkpoint import config_differences
-from fp4jax.config import default_config
 from fp4jax.config_checks import validate
 from fp4jax.data.json_files import check_fields, one_line, parse_json
 from fp4jax.recipes import recipe
@@ -130,17 +129,3 @@ def read_json(path: Path, fields: Mapping[str, Any]) -> dict:
         return check_fields(parse_json(path.read_bytes()), fields)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({one_line(error)}); restore it, or choose another --workdir") from None
-
-
-def load_config(values: dict) -> ml_collections.ConfigDict:
-    """The configuration with these values, from a JSON file of ours.
-
-    Raises:
-      ValueError: a key that there is not, or a value of another type.
-    """
-    config = default_config()
-    try:
-        config.update(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"no configuration of this version of fp4jax ({one_line(error)})") from None
-    return config

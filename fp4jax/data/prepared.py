@@ -41,6 +41,7 @@ _INDEX = {
     "drops": dict[str, int],
     "splits": dict[str, Any],
 }
+_AGAIN = "fetch it again, or prepare the data again"
 _TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "end_of_text": int}
 
 
@@ -206,14 +207,15 @@ class ShardedStream:
         import grain  # it loads JAX, which a process that prepares does not need
 
         shards = prepared.splits[split].shards
+        self._paths = [prepared.folder / shard.file for shard in shards]
         self._record_tokens, self._dtype = prepared.record_tokens, prepared.dtype
         counts = [-(-shard.tokens // self._record_tokens) for shard in shards]
         self._token_ends = list(itertools.accumulate(shard.tokens for shard in shards))
         self._record_ends = list(itertools.accumulate(counts))
         self._records = grain.sources.ArrayRecordDataSource(
             [
-                _Records(str(prepared.folder / shard.file), 0, count, count)
-                for shard, count in zip(shards, counts, strict=True)
+                _Records(str(path), 0, count, count)
+                for path, count in zip(self._paths, counts, strict=True)
             ]
         ) if shards else ()  # fmt: skip
 
@@ -230,12 +232,24 @@ class ShardedStream:
             shard_start = self._token_ends[shard - 1] if shard else 0
             record, offset = divmod(start - shard_start, self._record_tokens)
             record += self._record_ends[shard - 1] if shard else 0
-            part = np.frombuffer(self._records[record], self._dtype)[offset : offset + stop - start]
+            part = self._read(self._paths[shard], record)[offset : offset + stop - start]
             if not len(part):
-                raise DataError(f"record {record} of a prepared set is shorter than its index says; prepare it again")
+                raise DataError(f"prepared set: {self._paths[shard]} is shorter than its index says; {_AGAIN}")
             parts.append(part)
             start += len(part)
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+    def _read(self, path: pathlib.Path, record: int) -> UInt[np.ndarray, " tokens"]:
+        try:
+            return np.frombuffer(self._records[record], self._dtype)
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            OSError,
+        ) as error:  # RuntimeError: a wrong checksum
+            what = f"is damaged ({one_line(error)[:200]})" if path.is_file() else "has vanished"
+            raise DataError(f"prepared set: {path} {what}; {_AGAIN}") from error
 
 
 def file_checksum(path: pathlib.Path) -> str:
@@ -252,4 +266,4 @@ def _check_file(path: pathlib.Path, shard: ShardFacts, by_checksum: bool) -> Non
         what = "has another content than when it was written"
     else:
         return
-    raise DataError(f"prepared set {path.parent}: {path.name} {what}; fetch it again, or prepare the data again")
+    raise DataError(f"prepared set {path.parent}: {path.name} {what}; {_AGAIN}")

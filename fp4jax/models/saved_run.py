@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float32
 
 from fp4jax.checkpoint import Checkpointer, CheckpointError, saved_config
-from fp4jax.config import default_config
+from fp4jax.config import config_from
 from fp4jax.data.pipeline import TOKENIZER_KEY
 from fp4jax.data.tokenizers import Tokenizer, load_tokenizer
 from fp4jax.models.qwen3 import Qwen3Config
@@ -33,9 +33,7 @@ def read_saved(workdir: str | os.PathLike) -> tuple[int, ml_collections.ConfigDi
     found = saved_config(path)
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint; train with this --workdir first")
-    config = default_config()
-    config.update(found[1])
-    return found[0], config
+    return found[0], config_from(found[1])
 
 
 def run_tokenizer(workdir: str | os.PathLike, step: int, spec: str) -> Tokenizer:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from fp4jax import models
 from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
-from fp4jax.config import default_config
+from fp4jax.config import config_from
 from fp4jax.config_checks import validate
 from fp4jax.data.pipeline import open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
@@ -142,8 +142,7 @@ def _evaluation_config(
     saved: dict, changes: dict[str, str], batch_size: int | None, batches: int | None
 ) -> ml_collections.ConfigDict:
     """The trained configuration with `changes`, without its schedule, on as many of this machine's devices as fit."""
-    config = default_config()
-    config.update(saved)
+    config = config_from(saved)
     config.update(changes)
     config.schedule = ""
     config = settle(config)

@@ -27,11 +27,11 @@ def tokenizer(path):
 
 def test_a_file_holds_metadata_and_tensors(path):
     file = GGUFFile(path)
-    assert file["general.architecture"] == "llama" and "general.name" not in file
+    assert file.value("general.architecture", str) == "llama" and "general.name" not in file
     assert file.shapes == {"a.weight": (7,)}
     np.testing.assert_array_equal(file.tensor("a.weight"), VECTOR)
     with pytest.raises(DataError, match=r"some\.gguf has no 'general\.name'"):
-        file["general.name"]
+        file.value("general.name", str)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 12, 300, 3000, -20], ids=lambda kept: f"first {kept} bytes")
