@@ -202,8 +202,9 @@ def config_from(values: Mapping) -> ml_collections.ConfigDict:
         check_key(key, accepted)
     try:
         config.update(values)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"a stored configuration does not fit this version of the code ({error})") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"a stored configuration does not fit this version of the code ({reason})") from None
     return config
 
 

@@ -30,7 +30,7 @@ PAPER = {
 
 _OBJECT = dict[str, Any]
 _RECORD = {"settings": _OBJECT, "about": _OBJECT, "tasks": _OBJECT}
-_TASK = {"metrics": dict[str, dict[str, float | str]], "documents": int, "documents_in_set": int}
+_TASK = {"metrics": dict[str, _OBJECT], "documents": int, "documents_in_set": int}
 _BOOTSTRAPS = 1000  # for the standard error of LAMBADA's perplexity; those of accuracies have a formula
 _VERSIONS = ("jax", "flax", "lm-eval", "datasets", "tokenizers")
 
@@ -157,7 +157,11 @@ def _open(path: Path, settings: dict) -> dict:
     try:
         record = check_fields(parse_json(path.read_bytes()), _RECORD)
         for task in record["tasks"].values():
+            check_fields(record["about"], {"recipe": str})
             check_fields(task, _TASK)
+            check_fields(task["metrics"], {"acc": _OBJECT})
+            for metric in task["metrics"].values():
+                check_fields(metric, {"value": float, "stderr": float | str})
         before = record["settings"]
     except ValueError as error:
         raise ValueError(f"{path} is no record of an evaluation ({one_line(error)}): give another --out") from None

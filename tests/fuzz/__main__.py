@@ -39,11 +39,12 @@ def fuzzed(name: str, examples: int, seed: int) -> dict:
         started, uncaught = time.process_time(), []
         try:
             read()
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            uncaught = traceback.format_exception_only(error)
             traceback.print_exception(error)
+            failures = error.exceptions if isinstance(error, BaseExceptionGroup) else [error]
+            uncaught = [f"{type(failure).__name__}: {failure}" for failure in failures]
     seconds = round(time.process_time() - started, 1)
     return {**counts, "uncaught": len(uncaught), "errors": uncaught, "seed": seed, "cpu_seconds": seconds}
 

@@ -41,7 +41,7 @@ class Stage:
         except self._reader.error as error:
             message = str(error)
             assert message and "\n" not in message, message
-            assert self._reader.error is not ValueError or path.name in message, message
+            assert not self._reader.names_file or path.name in message, message
             return message
         finally:
             path.write_bytes(whole)

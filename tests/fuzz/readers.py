@@ -30,13 +30,16 @@ from fp4jax.data.prepare.options import Options
 from fp4jax.data.prepare.run import prepare
 from fp4jax.data.prepare.state import State
 from fp4jax.data.prepared import PreparedSet
+from fp4jax.data.sources import parse_sources
 from fp4jax.data.tokenizers import load_tokenizer
 from fp4jax.evaluation import task_data, tasks
 from fp4jax.models import gguf, hf_folder
 from fp4jax.models.pretrained import parameter_shapes
-from fp4jax.policy import PolicyFile
+from fp4jax.policy import PolicyFile, policy
+from fp4jax.recipes import recipe
 from fp4jax.training.divergence import read_events
 from fp4jax.training.metrics import read_metrics
+from fp4jax.training.schedule import phases
 from tests.comparison.records import record
 from tests.models import gguf_files, hf_folders
 
@@ -54,8 +57,9 @@ class Reader:
     write: puts whole files into a new folder.
     read: reads them.
     files: glob of those that are damaged, one at a time.
-    error: what `read` may raise, in one line; for a ValueError of no kind of ours it must name the file.
+    error: what `read` may raise, in one line.
     is_json: the files are.
+    names_file: the error must name the file.
     """
 
     write: Callable[[pathlib.Path], None]
@@ -63,6 +67,7 @@ class Reader:
     files: str
     error: type[Exception] = DataError
     is_json: bool = False
+    names_file: bool = False
 
 
 def _documents(name: str) -> Callable[[pathlib.Path], object]:
@@ -194,6 +199,26 @@ def _read_config(folder: pathlib.Path) -> None:
         validate(config_from(values), device_count=1)
 
 
+def _read_names(folder: pathlib.Path) -> None:
+    """The parts of a configuration that are languages of their own."""
+    names = parse_json((folder / "names.json").read_bytes())
+    for name, text in names.items() if isinstance(names, dict) else ():
+        if isinstance(text, str) and name in _NAMES:
+            _NAMES[name](text)
+
+
+def _read_schedule(text: str) -> None:
+    config = default_config()
+    config.schedule = text
+    phases(config)
+
+
+_NAMES: dict[str, Callable[[str], object]] = {
+    "recipe": recipe,
+    "policy": lambda text: policy(text, "averis", ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]),
+    "schedule": _read_schedule,
+    "source": parse_sources,
+}
 _TASK = {"metrics": {"acc": {"value": 0.5, "stderr": 0.1}}, "documents": 2, "documents_in_set": 3}
 _EVALUATION = {"settings": {"limit": None}, "about": {"recipe": "bf16", "model": "m"}, "tasks": {"piqa": _TASK}}
 
@@ -243,9 +268,10 @@ READERS: dict[str, Reader] = {
         "metrics.jsonl",
         ValueError,
         True,
+        True,
     ),
     "health.jsonl": Reader(
-        _json_lines("health.jsonl", _health_lines()), _read_health, "health.jsonl", ValueError, True
+        _json_lines("health.jsonl", _health_lines()), _read_health, "health.jsonl", ValueError, True, True
     ),
     "events.jsonl": Reader(
         _json_lines("events.jsonl", [{"event": "spike", "step": 2, "after": 1}] * 2),
@@ -253,16 +279,33 @@ READERS: dict[str, Reader] = {
         "events.jsonl",
         ValueError,
         True,
+        True,
     ),
-    "comparison.json": Reader(_write_comparison, report.read_numbers, report.NUMBERS, ValueError, True),
+    "comparison.json": Reader(_write_comparison, report.read_numbers, report.NUMBERS, ValueError, True, True),
     "stored configuration": Reader(
         _json("config.json", default_config().to_dict()), _read_config, "config.json", ConfigError, True
+    ),
+    "names in a configuration": Reader(
+        _json(
+            "names.json",
+            {
+                "recipe": "averis+nearest",
+                "policy": '[["mlp", "run"], ["attn|q", "bf16"]]',
+                "schedule": "bf16:1%,run:80%,run+fwd_bf16:1000",
+                "source": "a:0.7,b:3e-1",
+            },
+        ),
+        _read_names,
+        "names.json",
+        ValueError,
+        True,
     ),
     "policy file": Reader(
         lambda folder: PolicyFile((("mlp", "run"), (".", "bf16")), {"command": "c"}).save(folder / "policy.json"),
         lambda folder: PolicyFile.load(folder / "policy.json"),
         "policy.json",
         ValueError,
+        True,
         True,
     ),
     "documents of a task": Reader(
@@ -271,8 +314,9 @@ READERS: dict[str, Reader] = {
         "piqa.jsonl",
         ValueError,
         True,
+        True,
     ),
     "record of an evaluation": Reader(
-        _json("tasks.json", _EVALUATION), _read_evaluation, "tasks.json", ValueError, True
+        _json("tasks.json", _EVALUATION), _read_evaluation, "tasks.json", ValueError, True, True
     ),
 }
