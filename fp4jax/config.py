@@ -190,16 +190,19 @@ def _watchdog() -> dict:
     return {"timeout": 3600.0, "slow_step": 3.0}
 
 
-def config_from(values: Mapping) -> ml_collections.ConfigDict:
+def config_from(values: Mapping | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The configuration that a file of ours holds: the defaults with these values.
 
     Raises:
       ConfigError: a key that there is not, or a value of another type: another version of the code wrote it.
     """
     config = default_config()
-    accepted = set(flatten(config))
-    for key in flatten(values):
-        check_key(key, accepted)
+    unknown = sorted(flatten(values).keys() - flatten(config).keys())
+    if unknown:
+        raise ConfigError(
+            f"a stored configuration has {', '.join(unknown[:5])}, which this version of the code has not; "
+            "use the version that wrote it"
+        )
     try:
         config.update(values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

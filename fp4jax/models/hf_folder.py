@@ -89,7 +89,7 @@ def open_folder(path: str | os.PathLike, dtype: str) -> Folder:
         problems.insert(0, f"model_type {content.get('model_type')!r} in {CONFIG}, supported: {known}")
     else:
         config, found = ARCHITECTURES[content["model_type"]].read(content, dtype)
-        if config is not None and config.num_layers > len(tensors):
+        if config is not None and tensors and config.num_layers > len(tensors):
             found.append(f"{config.num_layers:,} layers in {len(tensors):,} tensors")
         problems = found + problems
         if "quantization_config" in content:

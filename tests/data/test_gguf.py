@@ -70,7 +70,7 @@ def test_the_tokenizer_gives_every_text_back(tokenizer, text):
 
 
 def test_the_tokenizer_merges_splits_digits_and_reads_special_names_as_text(tokenizer, path):
-    tokens = GGUFFile(path)["tokenizer.ggml.tokens"]
+    tokens = GGUFFile(path).value("tokenizer.ggml.tokens", list[str])
     assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.name) == (280, 0, str(path))
     assert [tokens[i] for i in tokenizer.encode("hell the 1212")] == ["hel", "l", "Ġt", "he", "Ġ", "1", "2", "1", "2"]
     assert tokenizer.end_of_text not in tokenizer.encode("<|endoftext|>")

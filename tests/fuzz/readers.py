@@ -98,7 +98,7 @@ def _prepare(folder: pathlib.Path, finished: bool = True) -> None:
     units = find_units(str(folder / "shards"), "train", None)
     console = Console(file=io.StringIO())
     with contextlib.nullcontext() if finished else contextlib.suppress(DataError):
-        prepare(units, folder / "set", OPTIONS, workers=1, max_bad_fraction=0, console=console)
+        prepare(units, folder / "set", OPTIONS, workers=1, max_bad_fraction=0.0, console=console)
     assert (folder / "set" / ("index.json" if finished else "partial/unit-00000.json")).exists()
 
 
