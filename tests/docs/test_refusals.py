@@ -29,7 +29,13 @@ def test_every_row_has_its_test_and_every_test_its_row():
     assert rows().keys() == CASES.keys()
 
 
-@pytest.mark.parametrize(("what", "case"), CASES.items(), ids=CASES)
+SLOW = {"a decompression bomb", "a line of 100 MB"}
+
+
+@pytest.mark.parametrize(
+    ("what", "case"),
+    [pytest.param(what, case, id=what, marks=[pytest.mark.slow] * (what in SLOW)) for what, case in CASES.items()],
+)
 def test_it_is_refused_in_the_line_that_the_page_shows(what: str, case: Case, tmp_path, monkeypatch):
     monkeypatch.setenv("FP4JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "folder").mkdir()
