@@ -152,13 +152,10 @@ class Checkpointer:
         A damaged one that is newer is named on stderr.
         """
         for step in reversed(self.steps()):
-            if step not in self._trusted:
-                damage = _find_damage(self.directory / str(step))
-                if damage:
-                    _warn(f"checkpoint {self.directory / str(step)} is damaged ({damage}) and is passed over")
-                    continue
-                self._trusted.add(step)
-            return step
+            damage = self._damage_of(step)
+            if not damage:
+                return step
+            _warn(f"checkpoint {self.directory / str(step)} is damaged ({damage}) and is passed over")
         return None
 
     def steps(self) -> list[int]:
@@ -196,10 +193,10 @@ class Checkpointer:
         """Restores a checkpoint into these shapes and shardings; returns (params, optimizer, data position).
 
         Args:
-          step: one of `steps()`, as it is; None for the newest that is not damaged.
+          step: one of `steps()`; None for the newest that is not damaged.
 
         Raises:
-          CheckpointError: there is none, or it cannot be read.
+          CheckpointError: there is none, it is damaged, or it cannot be read.
         """
         items = {
             "params": ocp.args.StandardRestore(params),
@@ -266,6 +263,10 @@ class Checkpointer:
     def _restore(self, items: dict, step: int | None = None) -> ocp.args.Composite:
         if step is None:
             step = self.latest_step()
+        elif damage := self._damage_of(step):
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is damaged ({damage}); delete that folder to go on without it"
+            )
         if step is None and self.steps():
             raise CheckpointError(f"all checkpoints in {self.directory} are damaged; choose another --workdir")
         if step is None:
@@ -277,6 +278,15 @@ class Checkpointer:
                 f"checkpoint {self.directory / str(step)} cannot be read ({_one_line(error)}); "
                 "delete that folder to go on from the one before it"
             ) from error
+
+    def _damage_of(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, which are read once; None if nothing is."""
+        if step in self._trusted or step not in self.steps():
+            return None
+        damage = _find_damage(self.directory / str(step))
+        if not damage:
+            self._trusted.add(step)
+        return damage
 
     @contextmanager
     def _save_errors(self) -> Iterator[None]:

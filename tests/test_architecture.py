@@ -22,6 +22,7 @@ LEVELS = {
     "fp4jax.data.prepare": LEAF,
     "fp4jax.data.tokenizer": LEAF,
     "fp4jax.cli": LEAF,
+    "fp4jax.locking": LEAF,
     "fp4jax.config": LEAF,
     "fp4jax.config_checks": LEAF,
     "configs": LEAF,
@@ -66,9 +67,10 @@ LEVELS = {
 # Rooms that may import only these of ours, whatever the levels say.
 ONLY_IMPORTS = {
     "fp4jax.data": {"fp4jax.data"},
-    "fp4jax.data.prepare": {"fp4jax.data", "fp4jax.data.prepare", "fp4jax.config", "fp4jax.cli"},
+    "fp4jax.data.prepare": {"fp4jax.data", "fp4jax.data.prepare", "fp4jax.config", "fp4jax.cli", "fp4jax.locking"},
     "fp4jax.data.tokenizer": {"fp4jax.data", "fp4jax.config", "fp4jax.cli"},
     "fp4jax.cli": set(),
+    "fp4jax.locking": set(),
     "fp4jax.config": {"fp4jax.config"},
     "fp4jax.config_checks": {"fp4jax.config", "fp4jax.config_checks"},
     "configs": {"configs", "fp4jax.config"},

@@ -221,6 +221,20 @@ def test_damaged_checkpoint_is_passed_over_and_named(tmp_path, capsys):
     assert saved_config(tmp_path)[0] == 2
 
 
+def test_a_damaged_checkpoint_that_is_asked_for_by_its_step_is_refused(tmp_path):
+    save(tmp_path, 1, 2, keep=2)
+    flip(largest_file(tmp_path / "checkpoints" / "1" / "optimizer"))
+    params, rest = (shapes(part) for part in state(1)[:2])
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        with pytest.raises(
+            CheckpointError, match=r"checkpoints/1 is damaged \(optimizer/.*; delete that folder to go on"
+        ):
+            checkpointer.restore(params, rest, step=1)
+        with pytest.raises(CheckpointError, match="checkpoints/3 cannot be read"):
+            checkpointer.restore(params, rest, step=3)
+        np.testing.assert_array_equal(checkpointer.restore(params, rest, step=2)[0]["layers.weight"], 2.0)
+
+
 def test_all_checkpoints_damaged_is_an_error(tmp_path):
     save(tmp_path, 1)
     flip(largest_file(tmp_path / "checkpoints" / "1" / "params"))

@@ -1,5 +1,6 @@
 """Generated tokens are those of the full forward; sampling is what it says; shapes are compiled once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fp4jax.evaluation.likelihood import Scorer
 from fp4jax.generation import CHUNK, GREEDY, Generator, Sampling, bucket, next_token
 from fp4jax.models.frozen import FrozenModel
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
+from fp4jax.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from fp4jax.policy import policy
 from fp4jax.training.mesh import make_mesh
 
@@ -56,6 +59,22 @@ def test_greedy_tokens_are_those_of_the_full_forward_and_shapes_are_compiled_onc
     # What the host may stop is stopped, and nothing else.
     stopped = generate(PROMPTS, COUNT, lambda row, tokens: row == 1)
     assert stopped == [expected()[0], expected()[1][:1], expected()[2]]
+
+
+@pytest.mark.slow
+def test_experts_take_no_padding():
+    """A model with experts scores and continues sequences of different lengths as one by one."""
+    dense = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)}
+    config = Qwen3MoEConfig(**dense | {"num_layers": 1}, num_experts=4, num_experts_per_token=2)
+    chosen = policy("all_linear", "bf16", config.linear_paths)
+    frozen = FrozenModel(Qwen3MoE(config, policy=chosen, rngs=nnx.Rngs(0)))
+    generate = Generator(frozen, NO_END, batch_size=4)
+    together = generate(PROMPTS, COUNT)
+    assert together == [generate([prompt], COUNT)[0] for prompt in PROMPTS]
+    assert len(set(map(tuple, together))) == 3
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    found = Scorer(frozen, mesh, batch_size=4, max_length=64)(list(zip(PROMPTS, together, strict=True)))
+    assert all(greedy and total < 0 for total, greedy in found)
 
 
 @pytest.mark.slow

@@ -16,8 +16,10 @@ from fp4jax.comparison.plan import DECLARED, read_json
 from fp4jax.comparison.records import Record
 from fp4jax.comparison.run import write_atomically
 from fp4jax.data.json_files import check_fields
+from fp4jax.locking import locked
 
 NUMBERS = "comparison.json"
+LOCK = "report.lock"
 _NUMBERS = {"command": str, "declaration": dict[str, Any], "missing_runs": int, "runs": list[dict[str, Any]]}
 
 
@@ -29,8 +31,10 @@ def write(workdir: Path, found: Sequence[Record], declaration: dict, command: st
         "missing_runs": missing,
         "runs": records.to_json(found),
     }
-    write_atomically(workdir / NUMBERS, value)
-    return redraw(workdir)
+    # Commands with other seeds of the same comparison may be at their reports, too.
+    with locked(workdir / LOCK):
+        write_atomically(workdir / NUMBERS, value)
+        return _draw(workdir)
 
 
 def redraw(workdir: Path) -> Path:
@@ -39,15 +43,21 @@ def redraw(workdir: Path) -> Path:
     Raises:
       ValueError: there is none, or it is damaged.
     """
+    read_numbers(workdir)  # before a lock is put into a folder that holds no comparison
+    with locked(workdir / LOCK):
+        return _draw(workdir)
+
+
+def _draw(workdir: Path) -> Path:
     value, found = read_numbers(workdir)
     declaration = value["declaration"]
     drawn = figures.draw(found, declaration["baseline"])
     page = _page(found, declaration, value["command"], value["missing_runs"], drawn)
     for name, figure in drawn.items():
-        (workdir / f"{name}.png").write_bytes(figures.png(figure))
-    (workdir / "report.md").write_text(markdown(page), encoding="utf-8")
+        write_atomically(workdir / f"{name}.png", figures.png(figure))
+    write_atomically(workdir / "report.md", markdown(page).encode())
     path = workdir / "report.html"
-    path.write_text(html(page), encoding="utf-8")
+    write_atomically(path, html(page).encode())
     return path
 
 

@@ -18,6 +18,7 @@ from fp4jax.comparison.plan import read_json
 from fp4jax.config import config_from
 from fp4jax.training import train
 from fp4jax.training.loop import NonFiniteLossError
+from fp4jax.training.preemption import Preempted
 
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 SUMMARIZED = {"diverged": str | None, "peak_memory_bytes": int, "peak_memory_of": str, "device": str, "jax": str}
@@ -31,6 +32,9 @@ def main(folder: Path) -> int:
         train(config, folder, Console(width=120))
     except NonFiniteLossError as error:
         diverged = str(error)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -39,10 +43,11 @@ def main(folder: Path) -> int:
     return 0
 
 
-def write_atomically(path: Path, value: dict) -> None:
-    """Writes JSON that is there whole or not at all."""
+def write_atomically(path: Path, value: dict | bytes) -> None:
+    """Writes a file that is there whole or not at all: bytes, or an object as JSON."""
+    content = value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode()
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

@@ -36,6 +36,8 @@ _OF_EXPERTS = {
     "router_loss_coefficient": "router_aux_loss_coef",
 }
 
+_MAY_BE_ZERO = ("router_loss_coefficient",)
+
 ROPE_THETA = "rope_theta"
 
 FIXED = {"hidden_act": "silu", "attention_bias": False}
@@ -83,10 +85,11 @@ class Architecture:
             value, kind = content.get(key), kinds[ours]
             if value is None:
                 problems.append(f"no {key!r} in config.json")
-            elif not _is_a(value, kind):
-                positive = "a bool" if kind is bool else f"a positive {kind.__name__}"
-                problems.append(f"{key}={value!r} in config.json, expected {positive}")
-            values[ours] = value
+            elif not _is_a(value, kind, least_is_zero=ours in _MAY_BE_ZERO):
+                range_of = f"{kind.__name__} of 0 or more" if ours in _MAY_BE_ZERO else f"positive {kind.__name__}"
+                problems.append(f"{key}={value!r} in config.json, expected a {'bool' if kind is bool else range_of}")
+            else:
+                values[ours] = kind(value)  # JSON writes 0 for 0.0
         problems += rope_problems
         if problems:
             return None, problems
@@ -162,10 +165,11 @@ def _read_rope(content: Mapping[str, Any]) -> tuple[Any, list[str]]:
     return theta, problems
 
 
-def _is_a(value: object, kind: type) -> bool:
+def _is_a(value: object, kind: type, least_is_zero: bool = False) -> bool:
+    """Whether it is one, and, of numbers, positive (or zero)."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind) and value > 0
+    return isinstance(value, (int, float) if kind is float else kind) and (value > 0 or (least_is_zero and value == 0))
 
 
 def stored_tensors(parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:

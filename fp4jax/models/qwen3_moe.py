@@ -131,10 +131,10 @@ class MoEBlock(Block):
 
     def _feed_forward(self, x_BxTxD, linears, monitor: Monitor | None):
         c = self.config
-        if linears.keywords["row_mask"] is not None:
-            raise NotImplementedError("padding would take experts' slots: give a Qwen3-MoE rows without padding")
+        real_BxT = linears.keywords["row_mask"]
+        real_S = None if real_BxT is None else real_BxT.reshape(-1)
         x_SxD = x_BxTxD.reshape(-1, c.hidden_size)
-        choices = choose(self.mlp.router(x_SxD), c.num_experts_per_token, c.norm_topk_prob)
+        choices = choose(self.mlp.router(x_SxD), c.num_experts_per_token, c.norm_topk_prob, real_S)
         slots = assign_slots(choices.experts, c.num_experts, c.slots(len(x_SxD)))
         if monitor is not None:
             monitor.routing = routing_sums(choices, slots)
@@ -163,7 +163,7 @@ def routing_metrics(routing: dict[str, Float32[Array, "..."]]) -> dict[str, Floa
       busiest expert of any layer over an expert's mean (1: all get the same).
     """
     choices_LxE = routing["choices"]
-    total = jnp.sum(choices_LxE)
+    total = jnp.maximum(jnp.sum(choices_LxE), 1)
     dropped = jnp.sum(routing["dropped"])
     return {
         "dropped": dropped,

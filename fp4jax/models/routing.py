@@ -21,9 +21,9 @@ class Choices:
     """What a router says of every token.
 
     Attributes:
-      experts: the chosen ones, the likeliest first.
+      experts: the chosen ones, the likeliest first; E, which is none of them, for a token that is padding.
       weights: what their outputs are multiplied with.
-      probabilities: of all experts.
+      probabilities: of all experts; zero for padding.
     """
 
     experts: Int32[Array, "S J"]
@@ -49,21 +49,30 @@ class Slots:
     kept: Bool[Array, "S J"]
 
 
-def choose(logits_SxE: Float32[Array, "S E"], num_chosen: int, normalize: bool) -> Choices:
+def choose(
+    logits_SxE: Float32[Array, "S E"], num_chosen: int, normalize: bool, real_S: Bool[Array, " S"] | None = None
+) -> Choices:
     """Softmax, then the likeliest experts; of equal ones that with the smaller index.
 
     Args:
       normalize: whether the weights of a token's choices are made to sum to one (`norm_topk_prob`).
+      real_S: False for padding, which chooses nothing; None: all tokens are real.
     """
+    if real_S is not None:
+        # Before the softmax, so that not even a NaN in padding has a gradient.
+        logits_SxE = jnp.where(real_S[:, None], logits_SxE, 0.0)
     probabilities_SxE = jax.nn.softmax(logits_SxE, axis=-1)
     weights_SxJ, experts_SxJ = lax.top_k(probabilities_SxE, num_chosen)
     if normalize:
         weights_SxJ = weights_SxJ / jnp.sum(weights_SxJ, axis=-1, keepdims=True)
+    if real_S is not None:
+        experts_SxJ = jnp.where(real_S[:, None], experts_SxJ, logits_SxE.shape[1])
+        probabilities_SxE = jnp.where(real_S[:, None], probabilities_SxE, 0.0)
     return Choices(experts_SxJ, weights_SxJ, probabilities_SxE)
 
 
 def assign_slots(experts_SxJ: Int32[Array, "S J"], num_experts: int, capacity: int) -> Slots:
-    """Gives every expert's slots to the first `capacity` tokens that chose it."""
+    """Gives every expert's slots to the first `capacity` tokens that chose it; who chose `num_experts` gets none."""
     choices = experts_SxJ.size
     expert_of = experts_SxJ.reshape(-1)
     by_expert = jnp.argsort(expert_of, stable=True).astype(jnp.int32)
@@ -74,10 +83,11 @@ def assign_slots(experts_SxJ: Int32[Array, "S J"], num_experts: int, capacity: i
     row_mask_ExC = positions_C[None, :] < (ends_E - starts_E)[:, None]
     choice_ExC = by_expert[jnp.minimum(starts_E[:, None] + positions_C[None, :], choices - 1)]
     rank = jnp.zeros(choices, jnp.int32).at[by_expert].set(jnp.arange(choices, dtype=jnp.int32), unique_indices=True)
+    real, expert_of = expert_of < num_experts, jnp.minimum(expert_of, num_experts - 1)
     position = rank - starts_E[expert_of]
     slot = expert_of * capacity + jnp.minimum(position, capacity - 1)
-    shape = experts_SxJ.shape
-    return Slots(choice_ExC, row_mask_ExC, slot.reshape(shape), (position < capacity).reshape(shape))
+    kept, shape = real & (position < capacity), experts_SxJ.shape
+    return Slots(choice_ExC, row_mask_ExC, slot.reshape(shape), kept.reshape(shape))
 
 
 @jax.custom_vjp
@@ -119,7 +129,7 @@ def routing_sums(choices: Choices, slots: Slots) -> dict[str, Float32[Array, "..
 
     Returns:
       choices: [E] how often each expert was chosen, dropped ones included; probability: [E] the router's, summed over
-      tokens; dropped: choices without a slot.
+      tokens; dropped: choices without a slot. Padding counts nowhere.
     """
     num_experts = choices.probabilities.shape[1]
     chosen = jnp.sort(choices.experts.reshape(-1))
@@ -127,7 +137,7 @@ def routing_sums(choices: Choices, slots: Slots) -> dict[str, Float32[Array, "..
     return {
         "choices": jnp.diff(ends_E, prepend=0).astype(jnp.float32),
         "probability": jnp.sum(choices.probabilities, axis=0),
-        "dropped": jnp.sum(~slots.kept, dtype=jnp.float32),
+        "dropped": jnp.sum(~slots.kept & (choices.experts < num_experts), dtype=jnp.float32),
     }
 
 
@@ -143,5 +153,5 @@ def load_balancing_loss(
     Args:
       choices, probability: as in `routing_sums`.
     """
-    tokens = jnp.sum(choices, axis=-1, keepdims=True) / num_chosen
+    tokens = jnp.maximum(jnp.sum(choices, axis=-1, keepdims=True), 1) / num_chosen  # all may be padding
     return choices.shape[-1] * jnp.sum((choices / tokens) * (probability / tokens), axis=-1)

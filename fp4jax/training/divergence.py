@@ -9,7 +9,7 @@ import collections
 import json
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -51,13 +51,22 @@ class SpikeDetector:
 
     A loss is compared with the median of the last NEAR, which follows the curve's fall, and its distance from it with
     the last WINDOW such distances: their median absolute deviation, scaled to a normal distribution's standard
-    deviation, which the spikes among them do not widen. deviations: how many of these make a spike (0: nothing is one).
+    deviation, which the spikes among them do not widen.
+
+    Args:
+      deviations: how many of these make a spike (0: nothing is one).
+      history: another detector's, to go on as that one would; None begins anew.
     """
 
-    def __init__(self, deviations: float):
+    def __init__(self, deviations: float, history: Mapping[str, Sequence[float]] | None = None):
         self._deviations = deviations
-        self._losses = collections.deque(maxlen=NEAR)
-        self._distances = collections.deque(maxlen=WINDOW)
+        history = history or {"losses": (), "distances": ()}
+        self._losses = collections.deque(history["losses"], maxlen=NEAR)
+        self._distances = collections.deque(history["distances"], maxlen=WINDOW)
+
+    def history(self) -> dict[str, list[float]]:
+        """What the next loss will be compared with, for JSON, which keeps every bit."""
+        return {"losses": list(self._losses), "distances": list(self._distances)}
 
     def is_spike(self, loss: float) -> bool:
         """Takes the next loss, which is finite."""

@@ -33,7 +33,15 @@ class Incidents:
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, console: Console, data: Dataset, done: int):
         self._config, self._console, self._data = config, console, data
         self._events = EventLog(workdir, done, write=jax.process_index() == 0)
-        self._spikes = SpikeDetector(config.divergence.spike)
+        self.go_on(None)
+
+    def go_on(self, loss_history: Mapping | None) -> None:
+        """Spikes are told from here on by the losses that `loss_history` was taken after; None: by those to come."""
+        self._spikes = SpikeDetector(self._config.divergence.spike, loss_history)
+
+    def loss_history(self) -> dict[str, list[float]]:
+        """What spikes are told by, for a checkpoint: a run that resumes finds those of one that was not disturbed."""
+        return self._spikes.history()
 
     def judge(self, step: int, batch: int, values: Mapping[str, float], saved: Callable) -> None:
         """Takes the numbers of a step that read batch `batch`; saved(): steps of the newest checkpoint.
@@ -70,7 +78,6 @@ class Incidents:
         documents = self._documents(error.batch)
         skipped = error.step - to
         self._events.add("rollback", error.step, to, {"batch": error.batch, "batches": skipped, "documents": documents})
-        self._spikes = SpikeDetector(self._config.divergence.spike)
         self._console.print(
             f"{error}; back to step {to:,}, and past {skipped:,} batch{'es' if skipped > 1 else ''}; read {documents}"
         )

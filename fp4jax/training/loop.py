@@ -31,6 +31,7 @@ from fp4jax.checkpoint import (
 from fp4jax.config_checks import validate
 from fp4jax.data.pipeline import BatchIterator, Dataset, open_dataset
 from fp4jax.evaluation import EvaluationResult, evaluate
+from fp4jax.locking import locked
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.console import ProgressBar, make_console, start_table
 from fp4jax.training.estimate import StepTimer, duration, estimated_step_seconds, hint
@@ -45,6 +46,12 @@ from fp4jax.training.state import ModelTemplate, TrainState, create_state, model
 from fp4jax.training.step import Metrics, make_loss_step, make_train_step
 from fp4jax.training.timing import TimeAccount
 from fp4jax.training.watchdog import Watchdog
+
+LOCK = "lock"
+"""File of the workdir that the process which trains in it has locked."""
+
+LOSS_HISTORY = "loss_history"
+"""Beside the data position in a checkpoint."""
 
 STEPS_BEFORE_MEASURED_ESTIMATE = 3
 
@@ -63,6 +70,7 @@ def train(
 
     Raises:
       ConfigError, DataError, ValueError: a setting that cannot run, in any phase of the schedule.
+      InUseError: another process trains in the workdir.
       CheckpointError: the workdir belongs to a run with another configuration.
       StorageError: the workdir cannot be written, or is full.
       NonFiniteLossError: training diverged.
@@ -72,6 +80,13 @@ def train(
     validate(config, jax.device_count())
     config = settle(config)
     workdir = prepare_workdir(workdir)
+    in_use = f"is training in {workdir}; wait for it, stop it, or choose another --workdir"
+    # Of several processes of one run the first holds the lock.
+    with locked(workdir / LOCK, in_use) if jax.process_index() == 0 else contextlib.nullcontext():
+        _train_in(workdir, config, console, allow_config_change)
+
+
+def _train_in(workdir: Path, config: ml_collections.ConfigDict, console: Console, allow_config_change: bool) -> None:
     done = check_same_run(workdir, config, allow_config_change)
     if done >= config.steps:
         console.print(f"{workdir} is done: {done:,} of {config.steps:,} steps. A larger --config.steps continues it.")
@@ -86,12 +101,14 @@ def train(
     run.describe(done)
     if jax.process_index() == 0:
         set_aside_damaged(workdir, done)
+    # Weights that cannot be continued are refused before anything is written.
+    first_state = None if done else run.first_state()
     with (
         Checkpointer(workdir, **run.checkpoint_options()) as checkpointer,
         MetricsWriter(workdir, done) if jax.process_index() == 0 else contextlib.nullcontext() as writer,
     ):
         incidents = Incidents(config, workdir, console, run.training_data, done)
-        _Loop(run, checkpointer, writer, incidents).run(done)
+        _Loop(run, checkpointer, writer, incidents, first_state).run(done)
     console.print(f"done: {config.steps:,} steps, checkpoint and metrics in {workdir}")
 
 
@@ -112,6 +129,10 @@ class _Run:
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
         return phases(self.config)
+
+    def first_state(self) -> TrainState:
+        """Of a run that begins."""
+        return create_state(self.config, self.template, self.optimizer, self.mesh)
 
     def describe(self, done: int) -> None:
         """Prints the data, the table, and what to change if it will take long."""
@@ -178,6 +199,7 @@ class _Loop:
     checkpointer: Checkpointer
     writer: MetricsWriter | None
     incidents: Incidents
+    first_state: TrainState | None = None
     timer: StepTimer = field(default_factory=StepTimer)
 
     def __post_init__(self) -> None:
@@ -240,7 +262,7 @@ class _Loop:
             if validates or saves or step == phase.last:
                 self._wait_for_step(running)
                 start = time.perf_counter()
-                result = self._validate(loss_step, state) if validates and stopping is None else None
+                result = self._validate(loss_step, state) if validates else None
                 if saves:
                     self._save(step, state, batches, last=step == config.steps or stopping is not None)
                 self.timer.exclude(time.perf_counter() - start)
@@ -266,9 +288,13 @@ class _Loop:
     def _first_state(self, done: int) -> tuple[TrainState, dict | None]:
         static = self.static
         if not done:
-            return create_state(static.config, static.template, static.optimizer, static.mesh), None
+            self.incidents.go_on(None)
+            # A rollback to the beginning makes it once more: the step that was given the first one has used it up.
+            state, self.first_state = self.first_state or static.first_state(), None
+            return state, None
         rest = {"step": static.target.step, "opt_state": static.target.opt_state}
         params, rest, position = self.checkpointer.restore(static.target.params, rest, step=done)
+        self.incidents.go_on(position.pop(LOSS_HISTORY, None))  # one of an earlier version has none
         return TrainState(rest["step"], params, rest["opt_state"]), position
 
     def _roll_back(self, failure: NonFiniteLossError) -> tuple[int, TrainState, dict]:
@@ -291,10 +317,11 @@ class _Loop:
         """A save that fails, this one or the one before it, does not end the run, unless it is the `last`."""
         self.watchdog.beat(f"the checkpoint of step {step:,}")
         rest = {"step": state.step, "opt_state": state.opt_state}
+        position = batches.get_state() | {LOSS_HISTORY: self.incidents.loss_history()}
         with self.account.spent_on("checkpoint"):
             self._check_saves(step, self.checkpointer.wait)
             try:
-                self.checkpointer.save(step, state.params, rest, batches.get_state(), self.static.config)
+                self.checkpointer.save(step, state.params, rest, position, self.static.config)
                 if last:
                     self.checkpointer.wait()
             except StorageError as error:

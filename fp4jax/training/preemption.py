@@ -9,9 +9,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+SAME_REQUEST_SECONDS = 0.5
+"""A batch system signals all processes of a job, and a parent among them passes its signal on: both are one request."""
 
 
 class Preempted(Exception):
@@ -28,14 +32,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._since = 0.0
 
     def received(self, signum: int) -> None:
         """The first one is remembered, the second ends the process: checkpoints are renamed into place when whole."""
         name = signal.Signals(signum).name
+        if self.signum is not None and time.monotonic() - self._since < SAME_REQUEST_SECONDS:
+            return
         if self.signum is not None:
             print(f"second signal ({name}): ended at once, without a save", file=sys.stderr, flush=True)
             os._exit(128 + signum)
-        self.signum = signum
+        self.signum, self._since = signum, time.monotonic()
         print(f"{name}: saving after this step; a second signal ends the run at once", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,10 @@
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,18 @@ TINY = {
 }  # fmt: skip
 
 
-def compare(workdir, *flags, **config):
-    command = [
+def command(workdir, *flags, **config):
+    return [
         *(sys.executable, "-m", "fp4jax.compare", f"--config={ROOT / 'configs/averis_tiny.py'}"),
         f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in (TINY | config).items()), *flags,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+PROCESS = {"cwd": ROOT, "text": True, "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
+
+
+def compare(workdir, *flags, **config):
+    return subprocess.run(command(workdir, *flags, **config), capture_output=True, **PROCESS)
 
 
 @pytest.mark.slow
@@ -38,6 +47,25 @@ def test_a_comparison_from_start_to_report(tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
     assert runs[:2] == numbers["runs"] and runs[2]["losses"] != runs[0]["losses"]
+
+
+@pytest.mark.slow
+def test_a_signal_saves_the_run_and_the_same_command_goes_on(tmp_path):
+    flags, config = ("--recipes=bf16,fp8",), {"steps": 40, "evaluation.every": 40, "checkpoint.every": 1000}
+    metrics = tmp_path / "bf16/seed0/metrics.jsonl"
+    with subprocess.Popen(command(tmp_path, *flags, **config), stderr=subprocess.PIPE, **PROCESS) as process:
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate()[1]
+    assert process.returncode == 143
+    step = re.fullmatch(r"bf16, seed 0: stopped by SIGTERM: step (\d+) is saved; rerun .* to go on\n", error)[1]
+    assert 0 < int(step) < 40
+    again = compare(tmp_path, *flags, **config)
+    assert again.returncode == 0, again.stderr
+    assert f"after step {step};" in (tmp_path / "bf16/seed0/log.txt").read_text()
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 41))
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+import os
 from html.parser import HTMLParser
 
 import pytest
@@ -69,12 +70,15 @@ def test_markdown_says_what_was_found(folder):
     assert "| `nvfp4` | 0.5 |" in text  # health
 
 
-def test_the_report_is_made_from_its_numbers_alone(folder):
+def test_the_report_is_made_from_its_numbers_alone_and_never_half_written(folder, monkeypatch):
+    replace, replaced = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *names: (replaced.append(names[1].name), replace(*names)))
     before = {name: (folder / name).read_bytes() for name in ("report.md", "report.html", "loss_gap.png")}
     for name in before:
         (folder / name).unlink()
     report.redraw(folder)
     assert {name: (folder / name).read_bytes() for name in before} == before
+    assert set(before) <= set(replaced)
     with pytest.raises(ValueError, match="make the comparison first"):
         report.redraw(folder / "elsewhere")
 

@@ -232,6 +232,35 @@ def test_tokens_beyond_the_capacity_are_dropped_and_counted():
     assert not np.allclose(limited[16:], unlimited[16:], atol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bf16", "averis_centered+nearest"])
+def test_padding_changes_nothing_for_the_real_tokens(recipe):
+    """Whatever it is, and though it stands before the last row and there is no room for all."""
+    model = build(dataclasses.replace(TINY, capacity="1.0", num_layers=1), recipe)
+    graphdef, state = nnx.split(model)
+    real = jnp.arange(32) < jnp.array((4, 32))[:, None]
+
+    @contract.jit
+    def run(state, tokens, row_mask):
+        monitor = Monitor({})
+        hidden = nnx.merge(graphdef, state).hidden(tokens, monitor=monitor, row_mask=row_mask)
+        return hidden, monitor.routing
+
+    one, other = (jnp.where(real, TOKENS, filling) for filling in (0, 9))
+    (hidden, sums), (again, sums_again) = run(state, one, real), run(state, other, real)
+    np.testing.assert_array_equal(hidden[real], again[real])
+    assert jnp.isfinite(hidden).all()
+    for name, value in sums.items():
+        np.testing.assert_array_equal(value, sums_again[name], err_msg=name)
+    assert sums["choices"].sum() == 2 * real.sum() and sums["dropped"].sum() == 0
+    np.testing.assert_allclose(sums["probability"].sum(), real.sum(), rtol=1e-5)
+    assert run(state, one, jnp.ones_like(real))[1]["dropped"].sum() > 0  # as tokens they would take the slots
+    if recipe == "bf16":
+        roomy = build(dataclasses.replace(model.config, capacity="full"), recipe)
+        alone = roomy.hidden(TOKENS[1:])
+        np.testing.assert_allclose(hidden[1], alone[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("capacity", "tokens", "slots"),
     [("1", 256, 64), ("1.25", 256, 80), ("1.1", 160, 48), ("0.001", 256, 16), ("full", 250, 250), ("9", 40, 40)],
@@ -290,6 +319,11 @@ def test_bad_configurations_are_refused():
         with pytest.raises(ValueError, match="capacity must be 'full' or a number above 0"):
             dataclasses.replace(TINY, capacity=capacity)
     hf = json.loads(str(np.load(FIXTURES[0])["config"])) | {"router_aux_loss_coef": 0.001}
+    without, problems = ARCHITECTURES["qwen3_moe"].read(hf | {"router_aux_loss_coef": 0}, "float32")
+    assert problems == [] and without.router_loss_coefficient == 0
+    for value in (-0.001, None, False):
+        problems = ARCHITECTURES["qwen3_moe"].read(hf | {"router_aux_loss_coef": value}, "float32")[1]
+        assert len(problems) == 1 and "router_aux_loss_coef" in problems[0]
     for key, value in (("mlp_only_layers", [1]), ("decoder_sparse_step", 2)):
         config, problems = ARCHITECTURES["qwen3_moe"].read(hf | {key: value}, "float32")
         assert config is None and len(problems) == 1 and problems[0].startswith(f"{key}={value}, supported: ")

@@ -48,6 +48,40 @@ def test_slots_are_taken_in_the_order_of_tokens(tokens, experts, chosen, capacit
     assert slots.slot.min() >= 0 and slots.slot.max() < experts * capacity
 
 
+def test_padding_chooses_nothing_and_takes_no_slot():
+    """What is found for the real tokens is what they find alone; NaN in padding goes nowhere."""
+    random = np.random.default_rng(2)
+    logits, real = random.normal(size=(40, 8)).astype(F32), random.random(40) < 0.6
+    poisoned, capacity = np.where(real[:, None], logits, np.nan), 4
+
+    @jax.jit
+    def routed(logits, real=None):
+        choices = routing.choose(logits, 2, True, real)
+        slots = routing.assign_slots(choices.experts, 8, capacity)
+        return choices, slots, routing.routing_sums(choices, slots)
+
+    @jax.jit
+    @jax.value_and_grad
+    def balance(logits, real):
+        sums = routed(logits, real)[2]
+        return routing.load_balancing_loss(sums["choices"], sums["probability"], 2)
+
+    (choices, slots, sums), (alone, own, expected) = routed(poisoned, real), routed(logits[real])
+    np.testing.assert_array_equal(choices.experts[real], alone.experts)
+    np.testing.assert_allclose(choices.weights[real], alone.weights, rtol=1e-6)
+    assert (np.asarray(choices.experts)[~real] == 8).all() and not np.asarray(slots.kept)[~real].any()
+    for name in ("slot", "kept"):
+        np.testing.assert_array_equal(np.asarray(getattr(slots, name))[real], getattr(own, name))
+    np.testing.assert_array_equal(slots.row_mask, own.row_mask)
+    assert np.max(slots.slot) < 8 * capacity and np.min(slots.slot) >= 0
+    assert expected["dropped"] > 0
+    for name, value in expected.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-6, err_msg=name)
+    gradient = np.asarray(balance(poisoned, real)[1])
+    assert (gradient[~real] == 0).all() and np.isfinite(gradient).all() and gradient[real].any()
+    assert balance(logits, np.zeros(40, bool))[0] == 0  # nothing is real
+
+
 def test_there_and_back_with_cotangents():
     """Against the dense 0/1 matrix of tokens, ranks and slots, which the code never makes."""
     tokens, experts, chosen, capacity = 40, 8, 2, 8  # some slots stay empty, some choices are dropped

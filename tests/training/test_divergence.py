@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,12 @@ def test_spikes_stand_out_of_noise_and_of_a_falling_curve():
     detector = SpikeDetector(8.0)
     found = [step for step, loss in enumerate(curve) if detector.is_spike(float(loss))]
     assert found == [50, 51, 300]
+    for stop in (5, 50, 51, 290):
+        before = SpikeDetector(8.0)
+        kept = [step for step in range(stop) if before.is_spike(float(curve[step]))]
+        resumed = SpikeDetector(8.0, json.loads(json.dumps(before.history())))
+        after = [step for step in range(stop, 400) if resumed.is_spike(float(curve[step]))]
+        assert kept + after == found
     off = SpikeDetector(0.0)
     assert not any(off.is_spike(float(loss)) for loss in curve)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fp4jax.data.pipeline import BatchIterator
+from fp4jax.training import divergence
 from fp4jax.training.divergence import read_events
 from fp4jax.training.incidents import NonFiniteLossError
 from fp4jax.training.metrics import read_metrics
@@ -108,7 +109,18 @@ def same(config, folder, *names):
     assert deterministic(folder / names[0]) == deterministic(folder / names[1])
 
 
+def test_a_step_that_validates_does_so_before_a_signal_ends_the_run(config, tmp_path, monkeypatch):
+    config.evaluation.every = 1
+    signal_at(monkeypatch, 1, signal.SIGTERM)
+    with pytest.raises(Preempted) as caught:
+        run(config, tmp_path)
+    lines = read_metrics(tmp_path)
+    assert f"step {len(lines)} is saved" in str(caught.value)
+    assert all("validation_loss" in line for line in lines)
+
+
 EXACT = {
+    "validation": {"evaluation.every": 1},
     "accumulation": {"microbatches": 2},
     "phases": {"schedule": "bf16:50%,run:100%"},
     "every product rounded stochastically": {"recipe": "nvfp4+sr_all", "model.dtype": "bfloat16"},
@@ -129,6 +141,22 @@ def test_run_that_is_stopped_by_a_signal_resumes_exactly(config, tmp_path, monke
     assert caught.value.exit_code == 130
     run(config, tmp_path / "stopped")
     same(config, tmp_path, "whole", "stopped")
+
+
+@pytest.mark.slow
+def test_a_run_that_resumes_finds_the_spikes_of_one_that_was_not_disturbed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(divergence, "LEAST", 2)
+    config.steps, config.divergence.spike, config.optimizer.learning_rate = 10, 0.01, 0.03
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4, signal.SIGTERM)
+        with pytest.raises(Preempted):
+            run(config, tmp_path / "stopped")
+    run(config, tmp_path / "stopped")
+    same(config, tmp_path, "whole", "stopped")
+    events = read_events(tmp_path / "whole")
+    assert {event["event"] for event in events} == {"spike"} and any(6 < event["step"] < 10 for event in events)
+    assert read_events(tmp_path / "stopped") == events
 
 
 @pytest.mark.slow

@@ -93,6 +93,18 @@ def test_another_tokenizer_is_refused(continued):
     state_of(config)
 
 
+@pytest.mark.parametrize("fault", ["another model", "no weights"])
+def test_weights_that_cannot_be_continued_leave_nothing_behind(continued, tmp_path, fault):
+    config, folder = continued
+    if fault == "another model":
+        config.model.intermediate_size = 96
+    else:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="intermediate_size=96|safetensors"):
+        run(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
 def test_the_config_of_smollm2_is_valid():
     config = smollm2_135m.get_config()
     validate(config)

@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import socket
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ from rich.console import Console
 from fp4jax.checkpoint import Checkpointer, CheckpointError
 from fp4jax.config import ConfigError
 from fp4jax.data.prepare.command import main as prepare_main
+from fp4jax.locking import InUseError, locked
 from fp4jax.training import evaluate_workdir, loop, train
 from fp4jax.training.mesh import make_mesh
 from fp4jax.training.metrics import read_metrics
@@ -139,6 +142,15 @@ def test_mistakes_come_before_any_work(config, tmp_path, key, value, message):
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_another_process_in_the_workdir(config, tmp_path):
+    with locked(tmp_path / loop.LOCK):
+        with pytest.raises(InUseError) as caught:
+            run(config, tmp_path)
+    message = f"is training in {tmp_path}; wait for it, stop it, or choose another --workdir"
+    assert str(caught.value) == f"process {os.getpid()} on {socket.gethostname()} {message}"
+    assert [path.name for path in tmp_path.iterdir()] == [loop.LOCK]
 
 
 def test_batch_that_does_not_fit_the_mesh(config, tmp_path):

@@ -46,7 +46,7 @@ with preemption.listening() as request:
     os.kill(os.getpid(), signal.SIGTERM)
     while request.signum is None:
         time.sleep(0.01)
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     # Without a bytecode in between, as inside a compiled program: Python's own handlers would wait for its end.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
@@ -58,6 +58,19 @@ def test_second_signal_ends_the_process_though_the_main_thread_never_returns():
     )
     assert result.returncode == 128 + signal.SIGINT
     assert "second signal (SIGINT): ended at once" in result.stderr
+
+
+def test_one_request_may_come_as_several_signals(monkeypatch, capsys):
+    now, ended = [100.0], []
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(preemption.os, "_exit", ended.append)
+    request = StopRequest()
+    for now[0], signum in ((100.0, signal.SIGTERM), (100.4, signal.SIGTERM)):
+        request.received(signum)
+    assert not ended and capsys.readouterr().err.count("saving after this step") == 1
+    now[0] = 100.6
+    request.received(signal.SIGTERM)
+    assert ended == [143]
 
 
 def test_exit_codes_are_those_of_shells():

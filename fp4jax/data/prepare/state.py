@@ -12,7 +12,6 @@ The report has times in it; every other file that remains is a function of the i
 import base64
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -32,6 +31,7 @@ from fp4jax.data.prepare.inputs import Unit
 from fp4jax.data.prepare.options import Options
 from fp4jax.data.prepared import INDEX, PARTIAL, PreparedSet, ShardFacts
 from fp4jax.data.tokenizers import Tokenizer
+from fp4jax.locking import locked
 
 WRITING = ".writing"
 PLAN = "plan.json"
@@ -200,16 +200,10 @@ class State:
         After an error before the first unit was done nothing remains.
 
         Raises:
-          DataError: another process is preparing this set.
+          InUseError: another process is preparing this set.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
-        with open(self.partial / "lock", "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"another process is preparing --output={self.output}; wait for it or stop it"
-                ) from None
+        with locked(self.partial / "lock", f"is preparing --output={self.output}; wait for it or stop it"):
             for left_by_a_killed_process in self.partial.glob(f"*{WRITING}"):
                 left_by_a_killed_process.unlink()
             if not self._any_unit_done():

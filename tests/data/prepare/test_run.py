@@ -1,7 +1,6 @@
 """A prepared set: the stream is the documents', whoever works on it and however often it is stopped."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import psutil
 import pytest
 
 from fp4jax.data import DataError, PreparedSet, load_tokenizer, split_of, unigram_entropy
+from fp4jax.locking import InUseError, locked
 from tests.data.prepare.conftest import command, contents, index_of
 
 
@@ -226,9 +226,8 @@ def test_something_else_in_the_way(corpus_of_three, prepare_corpus, tmp_path, co
 
 def test_two_at_the_same_output(corpus_of_three, prepare_corpus, tmp_path):
     (tmp_path / "set" / "partial").mkdir(parents=True)
-    with open(tmp_path / "set" / "partial" / "lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is preparing --output"):
+    with locked(tmp_path / "set" / "partial" / "lock"):
+        with pytest.raises(InUseError, match=r"^process \d+ on \S+ is preparing --output=.*; wait for it or stop it$"):
             prepare_corpus()
 
 
