@@ -41,6 +41,7 @@ _INDEX = {
     "drops": dict[str, int],
     "splits": dict[str, Any],
 }
+_LARGEST = 1 << 48
 _AGAIN = "fetch it again, or prepare the data again"
 _TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "end_of_text": int}
 
@@ -141,7 +142,7 @@ class PreparedSet:
         check_fields(index, _INDEX)
         check_fields(index["tokenizer"], _TOKENIZER)
         check_fields(index["options"], {"validation_fraction": float})
-        if index["dtype"] not in TOKEN_DTYPES or index["record_tokens"] < 1:
+        if index["dtype"] not in TOKEN_DTYPES or not 1 <= index["record_tokens"] < _LARGEST:
             raise ValueError(f"records of {index['record_tokens']} tokens of type {index['dtype']!r}")
         return cls(
             folder=folder,
@@ -180,8 +181,8 @@ def _split_from_index(value: Any) -> PreparedSplit:
     for shard in shards:
         if pathlib.PurePath(shard.file).name != shard.file or "\0" in shard.file:
             raise ValueError(f"shard {shard.file!r} is no file of the folder")
-        if min(shard.documents, shard.tokens, shard.bytes) < 0:
-            raise ValueError(f"shard {shard.file!r} has a negative size")
+        if not all(0 <= size < _LARGEST for size in (shard.documents, shard.tokens, shard.bytes)):
+            raise ValueError(f"shard {shard.file!r} has a size that no file can have")
     return PreparedSplit(shards, value["unigram_entropy"])
 
 
