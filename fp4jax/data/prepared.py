@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ _INDEX = {
     "splits": dict[str, Any],
 }
 _LARGEST = 1 << 48
+_SHARD_NAME = re.compile(r"(train|validation)-\d{5,12}\.array_record", re.ASCII)
 _AGAIN = "fetch it again, or prepare the data again"
 _TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "end_of_text": int}
 
@@ -179,8 +181,8 @@ def _split_from_index(value: Any) -> PreparedSplit:
     check_fields(value, {"shards": list[Any], "unigram_entropy": float})
     shards = tuple(from_fields(ShardFacts, shard) for shard in value["shards"])
     for shard in shards:
-        if pathlib.PurePath(shard.file).name != shard.file or "\0" in shard.file:
-            raise ValueError(f"shard {shard.file!r} is no file of the folder")
+        if not _SHARD_NAME.fullmatch(shard.file):
+            raise ValueError(f"shard {shard.file[:50]!r} is no file of a set")
         if not all(0 <= size < _LARGEST for size in (shard.documents, shard.tokens, shard.bytes)):
             raise ValueError(f"shard {shard.file!r} has a size that no file can have")
     return PreparedSplit(shards, value["unigram_entropy"])
