@@ -50,14 +50,19 @@ def fuzzing() -> str:
 def overheads() -> str:
     """What saves and reading data cost, and whether memory grows."""
     memory = json.loads((ROOT / "results/faults/memory.json").read_text(encoding="utf-8"))
-    in_use = memory["in_use"]
+    in_use, own = memory["in_use"], memory["own"]["median_mb"]
     steps = f"{memory['steps']:,} steps with a save and a validation every {memory['saves_and_validations_every']}"
     rows = [
         (
             f"memory in use, {steps}: last {memory['window_steps']} steps over the first after the warm-up",
             f"{100 * in_use['last_over_first_median']:+.2f} % of {in_use['median_mb'][0]:.1f} MB",
             f"{memory['commit']}, {memory['machine']}",
-        )
+        ),
+        (
+            "the process's anonymous pages in the same windows, which the allocator and the system decide about too",
+            f"{own[0]:.0f} MB, then {min(own[1:]):.0f} to {max(own[1:]):.0f} MB",
+            f"{memory['commit']}, {memory['machine']}",
+        ),
     ]
     path = ROOT / "results/faults/overheads.json"
     if path.exists():
