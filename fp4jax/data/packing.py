@@ -17,10 +17,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, Integer, Shaped, UInt
 
+TOKEN_DTYPES = ("<u2", "<u4")
+"""What a token stream may be stored in, by NumPy's names."""
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The type a token stream is stored in: the smallest unsigned little-endian one for every id below `vocab_size`."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+    return np.dtype(TOKEN_DTYPES[vocab_size > 1 << 16])
 
 
 def concatenate(
