@@ -7,7 +7,7 @@ PYTHON_VENV := .venv/bin/python
 INSTALLED   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models eval-data train test test-slow test-compile test-peer test-examples test-all docs lint format clean
+.PHONY: help setup models eval-data train test test-slow test-compile test-peer test-examples test-wheel test-all docs lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -62,8 +62,11 @@ test-peer: .venv-peer/.installed models eval-data ## against Transformer Engine,
 	.venv-examples/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r examples/requirements.txt
 	@touch $@
 
-test-examples: .venv-examples/.installed ## the examples on other people's models (installs beside .venv)
-	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples $(ARGS)
+test-examples: .venv-examples/.installed ## the examples on other people's models (installs 1.5 GB beside .venv)
+	JAX_PLATFORMS=cpu .venv-examples/bin/python -m pytest -p no:xdist -m peer tests/examples tests/test_equinox.py $(ARGS)
+
+test-wheel: $(INSTALLED) ## build the wheel, install it in an empty environment, run the README's example, time the import
+	JAX_PLATFORMS=cpu $(PYTHON_VENV) scripts/check_wheel.py
 
 test-all: $(INSTALLED) ## everything, GPU and peer tests too; what is missing is skipped with the reason
 	$(PYTHON_VENV) -m pytest $(ARGS)

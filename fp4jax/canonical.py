@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from fp4jax.numerics.blocks import Shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -25,7 +27,7 @@ class Layout:
     """
 
     batch_dims: int
-    shape: tuple[int, ...]
+    shape: Shape
     row_axes: tuple[int, ...]
 
     @property
@@ -113,9 +115,16 @@ def check_canonical(lhs, rhs, dimension_numbers, lhs_given: bool, rhs_given: boo
 def _as_tuples(dimension_numbers, lhs_rank, rhs_rank):
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     return (
-        (tuple(a % lhs_rank for a in lhs_contract), tuple(a % rhs_rank for a in rhs_contract)),
-        (tuple(a % lhs_rank for a in lhs_batch), tuple(a % rhs_rank for a in rhs_batch)),
+        (_from_front(lhs_contract, lhs_rank), _from_front(rhs_contract, rhs_rank)),
+        (_from_front(lhs_batch, lhs_rank), _from_front(rhs_batch, rhs_rank)),
     )
+
+
+def _from_front(axes, rank) -> tuple[int, ...]:
+    for axis in axes:
+        if not -rank <= axis < rank:
+            raise ValueError(f"dimension_numbers name axis {axis} of an operand with {rank} axes")
+    return tuple(axis % rank for axis in axes)
 
 
 def _transpose(x, axes):

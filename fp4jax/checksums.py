@@ -9,13 +9,24 @@ import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 
+from fp4jax.data.json_files import is_of, one_line, parse_json
+
 MANIFEST = "checksums.json"
 
+FORMAT_VERSION = 1
+"""Of a checkpoint: raise it when its items, or the names and shapes of parameters and optimizer state, change."""
+
+_VERSION_KEY = "format_version"
 _PIECE_BYTES = 1 << 20
 _THREADS = 4
+
+
+class FormatVersionError(ValueError):
+    """A checkpoint of another version of the format; one line."""
 
 
 def write_manifest(folder: Path) -> None:
@@ -28,7 +39,7 @@ def write_manifest(folder: Path) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = list(pool.map(lambda name: _entry(folder / name, sync=True), names))
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(dict(zip(names, entries, strict=True)), file, indent=1)
+        json.dump({_VERSION_KEY: FORMAT_VERSION, "files": dict(zip(names, entries, strict=True))}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(folder)
@@ -38,13 +49,17 @@ def find_damage(folder: Path) -> str | None:
     """Returns the first file that is not as `write_manifest` found it, in a few words; None if all are.
 
     Files that came later are not looked at.
+
+    Raises:
+      FormatVersionError: the folder is of another version of the format.
     """
     try:
-        expected = json.loads((folder / MANIFEST).read_bytes())
-        known = {name: (int(size), int(crc)) for name, (size, crc) in expected.items()}
+        known = _known_files(folder)
     except FileNotFoundError:
         return f"{folder.name}/{MANIFEST} is missing"
-    except (OSError, ValueError, AttributeError, TypeError):
+    except FormatVersionError:
+        raise
+    except (OSError, ValueError):
         return f"{folder.name}/{MANIFEST} cannot be read"
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _problem(folder / name, *known[name]), known)
@@ -68,6 +83,22 @@ def with_checksums(handler: ocp.CheckpointHandler) -> ocp.CheckpointHandler:
     return handler
 
 
+def _known_files(folder: Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every file that the manifest names."""
+    content = parse_json((folder / MANIFEST).read_bytes())
+    if is_of(content, dict[str, Any]) and isinstance(version := content.get(_VERSION_KEY), int):
+        if version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"checkpoint {folder.parent} has format version {version}; this version of fp4jax reads "
+                f"{FORMAT_VERSION}: use the version that wrote it, or choose another --workdir"
+            )
+        content = content.get("files")
+    # Before formats had a version the files stood alone.
+    if not is_of(content, dict[str, list[int]]) or any(len(entry) != 2 for entry in content.values()):
+        raise ValueError("no sizes and checksums by name")
+    return content
+
+
 def _problem(path: Path, size: int, crc: int) -> str | None:
     try:
         if path.stat().st_size != size:
@@ -75,8 +106,8 @@ def _problem(path: Path, size: int, crc: int) -> str | None:
         return None if _entry(path)[1] == crc else "has another checksum than when it was written"
     except FileNotFoundError:
         return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"cannot be read ({one_line(error)})"
 
 
 def _files(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What the commands share: an argument parser, errors as one line, exit codes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +61,20 @@ def output_folder(path: Path, flag: str = "--out") -> Path:
     except OSError as error:
         raise OSError(f"{flag}={path} cannot be made: {error.strerror}; give another folder") from error
     return path
+
+
+def check_output_file(path: Path, flag: str) -> None:
+    """Looks before the work whether a file can be written after it; writes nothing.
+
+    Raises:
+      ValueError: it cannot; names the flag.
+    """
+    if path.is_dir():
+        raise ValueError(f"{flag}={path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}={path}: there is no folder {path.parent}; make it, or name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag}={path} must not be written; name another file")
 
 
 def describe(error: Exception, *expected: type[Exception]) -> str:

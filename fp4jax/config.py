@@ -190,6 +190,27 @@ def _watchdog() -> dict:
     return {"timeout": 3600.0, "slow_step": 3.0}
 
 
+def config_from(values: Mapping | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The configuration that a file of ours holds: the defaults with these values.
+
+    Raises:
+      ConfigError: a key that there is not, or a value of another type: another version of the code wrote it.
+    """
+    config = default_config()
+    unknown = sorted(flatten(values).keys() - flatten(config).keys())
+    if unknown:
+        raise ConfigError(
+            f"a stored configuration has {', '.join(unknown[:5])}, which this version of the code has not; "
+            "use the version that wrote it"
+        )
+    try:
+        config.update(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"a stored configuration does not fit this version of the code ({reason})") from None
+    return config
+
+
 def flatten(config: Mapping | ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
     """Returns {"model.num_layers": 4, ...} for a nested config."""
     flat = {}

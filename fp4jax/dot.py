@@ -135,6 +135,11 @@ def prepare(
 ) -> Prepared:
     """Quantizes an operand once for several products; no gradient flows through it.
 
+    >>> product = lambda x, w: dot_general(
+    ...     x, w, (((1,), (0,)), ((), ())), recipe="nvfp4", lhs_q=prepare(x, "nvfp4"))
+    >>> jax.eval_shape(product, jnp.ones((16, 64)), jnp.ones((64, 32))).shape
+    (16, 32)
+
     Args:
       x: activations [*batch, *tokens, K] (`side="lhs"`) or weights [*batch, K, N] (`side="rhs"`).
       batch_dims: leading axes that count independent matrices.

@@ -44,6 +44,10 @@ def einsum(
 ) -> Float[Array, "..."]:
     """`jnp.einsum` of activations and weights under a recipe, differentiable in both.
 
+    >>> x, w = jnp.ones((2, 8, 32)), jnp.ones((32, 4, 16))
+    >>> jax.eval_shape(lambda x, w: einsum("btd,dnh->btnh", x, w, recipe="nvfp4"), x, w).shape
+    (2, 8, 4, 16)
+
     Args:
       equation: any equation of two operands that a matrix product can express, with or without "->" and "...". A letter
         in both operands and in the result counts independent matrices (experts), each with its own statistics. A letter

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from fp4jax import scopes
 from fp4jax.numerics import QTensor, row_count
+from fp4jax.numerics.blocks import Shape
 from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
@@ -46,7 +47,7 @@ def contract_features(
 
 
 def contract_tokens(
-    x: Part, d: Part, recipe: Recipe, shape: tuple[int, ...], batch_dims: int, dtype, precision, row_mask
+    x: Part, d: Part, recipe: Recipe, shape: Shape, batch_dims: int, dtype, precision, row_mask
 ) -> Float[Array, "*batch K N"]:
     """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]."""
     product = functools.partial(_over_tokens, rank=len(shape), batch_dims=batch_dims, dtype=dtype, precision=precision)
@@ -187,7 +188,7 @@ def _operand(value: QTensor | Array, contracted: tuple[int, ...], axis: int, dty
     if not isinstance(value, QTensor):
         return value, None
     scale = value.tensor_scale
-    if scale is not None and any(scale.shape[a] > 1 for a in contracted):
+    if scale is not None and any(scale.shape[a] != 1 for a in contracted):
         return value.scaled_values(padded=(axis,)), None
     return value.values(dtype, padded=(axis,)), scale
 
@@ -203,13 +204,14 @@ def _same_dtype(lhs, rhs):
 
 def _same_size(lhs, rhs, lhs_axis, rhs_axis):
     """Zero-pads the shorter contracted axis: a quantized operand comes in whole blocks, the other one may not."""
-    size = max(lhs.shape[lhs_axis], rhs.shape[rhs_axis])
+    sizes = lhs.shape[lhs_axis], rhs.shape[rhs_axis]
+    size = sizes[0] if sizes[0] == sizes[1] else max(sizes)  # symbols (`jax.export`) may have no order
     return _pad_to(lhs, lhs_axis, size), _pad_to(rhs, rhs_axis, size)
 
 
 def _pad_to(x, axis, size):
     missing = size - x.shape[axis]
-    if not missing:
+    if isinstance(missing, int) and missing == 0:
         return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])
 

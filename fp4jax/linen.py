@@ -7,6 +7,7 @@ Dense and DenseGeneral make one `DotGeneral` a layer, so its random stream is th
 it intercepts the calls of the modules that own weights (`nn.intercept_methods`, `fp4jax.intercept`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,6 +26,10 @@ RNG_STREAM = "fp4"
 _NOT_LINEAR = (nn.Embed, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm, nn.GroupNorm)
 _ROOT = "model"  # the path of a model that is itself one layer
 _log = logging.getLogger("fp4jax")
+
+# Part of the key of JAX's caches. `nn.jit` keeps what it traced by module and shapes, which are the same with and
+# without a policy: without this a model and its quantized self would be given each other's programs.
+_QUANTIZED = jax.make_user_context(None)
 
 
 class DotGeneral(nn.Module):
@@ -83,6 +88,12 @@ def quantize(
 ) -> "Quantized":
     """A whole model under a policy: to be initialized and applied as `module` is, with the same variables.
 
+    >>> import jax.numpy as jnp
+    >>> model, x = quantize(nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(16)]), "averis"), jnp.ones((4, 64))
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> {path: recipe.name for path, recipe in model.layers(variables, x).items()}
+    {'layers_0': 'averis', 'layers_2': 'averis'}
+
     Pass the random stream to `apply`: `rngs={"fp4": key}`, under `nn.scan` also `split_rngs={"fp4": True}`. Without it
     evaluation works, and differentiation of a recipe that draws raises a ValueError.
 
@@ -92,7 +103,8 @@ def quantize(
       policy: rules over the layers' paths, such as "layer_0.attn.q_einsum"; or one recipe for all of them.
 
     Raises:
-      ValueError: no Linen module, or an unknown recipe.
+      ValueError: no Linen module, or an unknown recipe. When applied: a product of a weight that cannot be replaced
+        (`fp4jax.origins`).
     """
     if not isinstance(module, nn.Module):
         raise ValueError(
@@ -101,7 +113,7 @@ def quantize(
     return Quantized(module, as_policy(policy), rng_stream, backend, gemm)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # as a key of caches it is itself alone: `_seen` is of its own traces
 class Quantized:
     """A Linen module whose every call runs under a policy; `module` is the module as it was.
 
@@ -114,6 +126,8 @@ class Quantized:
     rng_stream: str
     backend: str
     gemm: str
+    # Products of every layer met so far, by path. Calls that find their program in a cache meet none.
+    _seen: dict[str, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __getattr__(self, name: str):
         value = getattr(self.module, name)
@@ -122,8 +136,14 @@ class Quantized:
 
         @functools.wraps(value)
         def under_the_policy(*args, **kwargs):
-            with nn.intercept_methods(_Interceptor(self, {})):
-                return value(*args, **kwargs)
+            with self._intercepted():
+                result = value(*args, **kwargs)
+            if isinstance(result, nn.Module):
+                raise ValueError(
+                    f"{name} gives a module that is not under the policy: use apply, or quantize what {name} of the "
+                    "module itself gives"
+                )
+            return result
 
         return under_the_policy
 
@@ -133,11 +153,11 @@ class Quantized:
         Raises:
           ValueError: a whole model has no linear layer, or a rule of the policy matches none.
         """
-        seen = {}
-        with nn.intercept_methods(_Interceptor(self, seen)):
-            result = self.module.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+        args, kwargs = intercept.arguments_as_jax((args, kwargs))
+        with self._intercepted():
+            result = self.module.apply(intercept.as_jax(variables), *args, rngs=rngs, method=method, **kwargs)
         if method is None:
-            self._check(seen)
+            self._check()
         return result
 
     def layers(self, variables, *args, **kwargs) -> dict[str, Recipe]:
@@ -146,18 +166,23 @@ class Quantized:
         Raises:
           ValueError: as `apply`.
         """
-        seen = {}
-        with nn.intercept_methods(_Interceptor(self, seen)):
+        fresh = dataclasses.replace(self)  # has met nothing and traces everything
+        with fresh._intercepted():
             jax.eval_shape(functools.partial(self.module.apply, **kwargs), variables, *args)
-        self._check(seen)
-        return {path: self.policy.recipe_for(path) for path in seen}
+        fresh._check()
+        return {path: self.policy.recipe_for(path) for path in fresh._seen}
 
-    def _check(self, seen: dict[str, int]) -> None:
-        if not seen:
+    @contextlib.contextmanager
+    def _intercepted(self):
+        with _QUANTIZED(self), nn.intercept_methods(_Interceptor(self, self._seen)):
+            yield
+
+    def _check(self) -> None:
+        if not self._seen:
             raise ValueError(
                 f"{type(self.module).__name__} has no linear layer: no module in it multiplies by its own parameter"
             )
-        _log.debug("%s", describe(self.policy.assign(seen)))
+        _log.debug("%s", describe(self.policy.assign(self._seen)))
 
 
 @dataclasses.dataclass
@@ -166,17 +191,30 @@ class _Interceptor:
 
     Attributes:
       seen: products of every layer by its path, filled as layers are called.
+      running: the paths of the layers whose calls are under way.
     """
 
     model: Quantized
     seen: dict[str, int]
+    running: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(self, method, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__" or module.is_initializing() or not _may_be_linear(module):
+        if module.is_initializing() or not _may_be_linear(module):
             return method(*args, **kwargs)
         path = ".".join(module.path) or _ROOT
         recipe = self.model.policy.recipe_for(path)
+        if context.method_name != "__call__":
+            if path not in self.running and not recipe.is_high_precision:
+                intercept.report_left((path,), f"its method {context.method_name} is not __call__ and stays as it is")
+            return method(*args, **kwargs)
+        self.running.append(path)
+        try:
+            return self._run(module, path, recipe, method, args, kwargs)
+        finally:
+            self.running.pop()
+
+    def _run(self, module: nn.Module, path: str, recipe: Recipe, method, args, kwargs):
         state = _MutableState(module.scope)
 
         def function():
@@ -184,10 +222,14 @@ class _Interceptor:
             return result, state.changes()
 
         product = functools.partial(self._product, module, recipe)
-        (result, changes), replaced = intercept.call(function, _own_weights(module), product, path)
+        (result, changes), replaced = intercept.call(
+            function, _own_weights(module), product, path, refuse=not recipe.is_high_precision
+        )
         state.write(changes)
         if replaced:
             self.seen[path] = self.seen.get(path, 0) + replaced
+        elif not recipe.is_high_precision:
+            intercept.report_no_product(path)
         return result
 
     def _product(self, module: nn.Module, recipe: Recipe, lhs, rhs, dimension_numbers, **options):

@@ -4,18 +4,20 @@
     fp4jax.nnx.quantize(model, fp4jax.Policy.of(("lm_head", "bf16"), (".", "averis")), rngs=nnx.Rngs(fp4=0))
 
 `nnx.Linear`, `LinearGeneral` (so `MultiHeadAttention`) and `Einsum` have slots. Any other module that owns a weight of
-two axes or more gets a generated subclass, whose `__call__` is that of the module with the products of its own weights
-quantized (`fp4jax.intercept`).
+two axes or more (a subclass of these with a `__call__` of its own, too) gets a generated subclass, whose `__call__` is
+that of the module with the products of its own weights quantized (`fp4jax.intercept`).
 """
 
 import functools
 import logging
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from flax import nnx
 
 from fp4jax import intercept
-from fp4jax.dot import dot_general
+from fp4jax.dot import dot_general, implementation
 from fp4jax.equation import einsum
 from fp4jax.policy import Policy, as_policy, describe
 from fp4jax.recipes import Recipe, as_recipe
@@ -26,6 +28,10 @@ _ATTRIBUTE = "fp4"  # of an intercepted module: its `DotGeneral`
 _ROOT = "model"  # the path of a model that is itself one layer
 # Own weights of two axes or more which they do not multiply by, or multiply as something else than a matrix.
 _NOT_LINEAR = (nnx.Embed, nnx.Conv, nnx.ConvTranspose, nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm)
+# Hold other modules' weights and multiply nothing themselves.
+_CONTAINERS = (nnx.List, nnx.Dict, list, tuple, dict)
+# Classes of flax.nnx whose `__call__` multiplies by what this attribute holds.
+_SLOTS = {nnx.Linear: "dot_general", nnx.LinearGeneral: "dot_general", nnx.Einsum: "einsum_op"}
 _log = logging.getLogger("fp4jax")
 
 
@@ -58,10 +64,8 @@ class DotGeneral(nnx.Module):
           ValueError: an unknown recipe, or one that draws without `rngs`.
         """
         self.recipe = as_recipe(recipe)
-        draws = self.recipe.forward_draws or self.recipe.gradient_draws
-        if draws and rngs is None:
-            raise ValueError(f"recipe {self.recipe.name} rounds stochastically: pass rngs=nnx.Rngs({rng_stream}=0)")
-        self.stream = rngs[rng_stream].fork() if draws else None
+        _check_stream(self.recipe, rngs, rng_stream)
+        self.stream = rngs[rng_stream].fork() if _draws(self.recipe) else None
         self.deterministic = deterministic
         self.backend = backend
         self.gemm = gemm
@@ -77,6 +81,15 @@ class DotGeneral(nnx.Module):
         """The next key of the stream, or None where the recipe needs none."""
         needs_key = self.stream is not None and (self.recipe.forward_draws or not self.deterministic)
         return self.stream() if needs_key else None
+
+
+def _draws(recipe: Recipe) -> bool:
+    return recipe.forward_draws or recipe.gradient_draws
+
+
+def _check_stream(recipe: Recipe, rngs: nnx.Rngs | None, name: str) -> None:
+    if _draws(recipe) and (rngs is None or not {name, "default"} & set(rngs)):
+        raise ValueError(f"recipe {recipe.name} rounds stochastically: pass rngs=nnx.Rngs({name}=0)")
 
 
 class Einsum(DotGeneral):
@@ -100,12 +113,20 @@ def quantize(
 ) -> dict[str, Recipe]:
     """Puts the linear layers of a whole model under a policy, in place; `restore` takes it back.
 
+    >>> model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> {path: recipe.name for path, recipe in quantize(model, "averis", rngs=nnx.Rngs(fp4=0)).items()}
+    {'layers.0': 'averis'}
+    >>> restore(model)
+    ['layers.0']
+
     Parameters stay what and where they are. Every quantized layer gets a random stream of its own, which is part of the
-    model's state as Dropout's is. Layers that the policy leaves in high precision are not touched.
+    model's state as Dropout's is. Layers that the policy leaves in high precision are not touched. All layers are
+    checked before the first is changed: a model that is refused is as it was.
 
     Args:
       model: any nnx model. Its linear layers are `nnx.Linear`, `LinearGeneral`, `Einsum`, and the modules that own an
-        `nnx.Param` of two axes or more and have a `__call__`, but embeddings, convolutions and norms of flax.nnx.
+        `nnx.Param` of two axes or more (also in an `nnx.List` or `nnx.Dict`) and have a `__call__`, but embeddings,
+        convolutions and norms of flax.nnx. Other modules that own such a weight are logged as a warning.
       policy: rules over the layers' paths, such as "layers.3.mlp.gate_proj"; or one recipe for all of them.
       rngs: forked for the stream `rng_stream`; may be None if no recipe draws.
 
@@ -114,15 +135,21 @@ def quantize(
 
     Raises:
       ValueError: a model without linear layers, one that is quantized already or has products of its own in a slot; a
-        rule that matches no layer; a recipe that draws without `rngs`.
+        rule that matches no layer; a recipe that draws without `rngs`; an unknown `backend` or `gemm`. In a later call:
+        a product of a weight that cannot be replaced (`fp4jax.origins`).
+      NotImplementedError: a `backend` or `gemm` that this device cannot serve.
     """
     layers = _linear_layers(model)
     assigned = as_policy(policy).assign(layers)
     options = {"rngs": rngs, "rng_stream": rng_stream, "backend": backend, "gemm": gemm}
-    slots = {path: _new_slot(layers[path], recipe, options) for path, recipe in assigned.items()}
-    for path, slot in slots.items():
-        if slot is not None:
-            _install(layers[path], path, slot)
+    quantized = {path: recipe for path, recipe in assigned.items() if not recipe.is_high_precision}
+    implementation(backend, gemm)
+    for path, recipe in quantized.items():
+        _check_stream(recipe, rngs, rng_stream)
+        _check_free(layers[path], path)
+        _check_not_stacked(layers[path], path)
+    for path, recipe in quantized.items():
+        _install(layers[path], path, _new_slot(layers[path], recipe, options))
     _log.info("%s", describe(assigned))
     return assigned
 
@@ -138,14 +165,14 @@ def restore(model: nnx.Module) -> list[str]:
     """
     found = []
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.Linear | nnx.LinearGeneral) and isinstance(module.dot_general, DotGeneral):
-            module.dot_general = nnx.static(jax.lax.dot_general)
-        elif isinstance(module, nnx.Einsum) and isinstance(module.einsum_op, Einsum):
-            module.einsum_op = nnx.static(jax.numpy.einsum)
-        elif _is_intercepted(module):
+        if _is_intercepted(module):
             module.__class__ = type(module).__base__
             delattr(module, _ATTRIBUTE)
             delattr(module, _PATH)
+        elif isinstance(module, nnx.Linear | nnx.LinearGeneral) and isinstance(module.dot_general, DotGeneral):
+            module.dot_general = nnx.static(jax.lax.dot_general)
+        elif isinstance(module, nnx.Einsum) and isinstance(module.einsum_op, Einsum):
+            module.einsum_op = nnx.static(jax.numpy.einsum)
         else:
             continue
         found.append(_dotted(path))
@@ -162,64 +189,92 @@ def _dotted(path) -> str:
 
 
 def _linear_layers(model: nnx.Module) -> dict[str, nnx.Module]:
-    found = {}
+    found, left = {}, []
     for path, module in nnx.iter_modules(model):
         if _is_intercepted(module) or isinstance(module, DotGeneral):
             raise ValueError(f"{_dotted(path)} is quantized already; call fp4jax.nnx.restore(model) first")
-        if _is_linear(module):
-            found[_dotted(path)] = module
+        if not isinstance(module, _CONTAINERS + _NOT_LINEAR) and _owns_a_matrix(module):
+            if callable(module):
+                found[_dotted(path)] = module
+            else:
+                left.append(_dotted(path))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no linear layer: no module in it has a __call__ and owns an nnx.Param of two "
             "axes or more"
         )
+    if left:
+        intercept.report_left(tuple(left), f"modules of {type(model).__name__} without a __call__")
     return found
 
 
-def _is_linear(module: nnx.Module) -> bool:
-    if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
-        return True
-    if isinstance(module, _NOT_LINEAR) or not callable(module):
-        return False
+def _slot_of(module: nnx.Module) -> str | None:
+    """The attribute that holds the module's product, if its call is that of flax.nnx: another's may not use it."""
+    return next((name for cls, name in _SLOTS.items() if type(module).__call__ is cls.__call__), None)
+
+
+def _owns_a_matrix(module: nnx.Module) -> bool:
     return any(weight.ndim >= 2 for weight in _own_weights(module))
 
 
-def _own_weights(module: nnx.Module) -> list[jax.Array]:
-    """The values of the Params that are the module's own attributes."""
-    variables = (value for value in vars(module).values() if isinstance(value, nnx.Param))
-    return [leaf for variable in variables for leaf in jax.tree.leaves(variable.get_value())]
+def _own_weights(module: nnx.Module) -> list[jax.Array | np.ndarray]:
+    """The values of the Params that are the module's own attributes, or in a container that is one."""
+    return [leaf for variable in _own_params(vars(module)) for leaf in jax.tree.leaves(variable.get_value())]
+
+
+def _own_params(values: dict) -> Iterator[nnx.Param]:
+    for name, value in values.items():
+        if isinstance(value, nnx.Param):
+            yield value
+        elif isinstance(value, _CONTAINERS) and not str(name).startswith("_pytree"):
+            inner = vars(value) if isinstance(value, nnx.Module) else value
+            yield from _own_params(inner if isinstance(inner, dict) else dict(enumerate(inner)))
 
 
 def _is_intercepted(module: nnx.Module) -> bool:
     return _ATTRIBUTE in vars(module) and isinstance(getattr(module, _ATTRIBUTE), DotGeneral)
 
 
-def _new_slot(module: nnx.Module, recipe: Recipe, options) -> DotGeneral | None:
-    if recipe.is_high_precision:
-        return None
-    return (Einsum if isinstance(module, nnx.Einsum) else DotGeneral)(recipe, **options)
+def _new_slot(module: nnx.Module, recipe: Recipe, options) -> DotGeneral:
+    return (Einsum if _slot_of(module) == "einsum_op" else DotGeneral)(recipe, **options)
 
 
 def _install(module: nnx.Module, path: str, slot: DotGeneral) -> None:
-    if isinstance(module, nnx.Linear | nnx.LinearGeneral):
-        taken = getattr(module, "dot_general_cls", None) or module.dot_general
-        _check_free(path, "dot_general", taken, (None, jax.lax.dot_general))
-        module.dot_general = nnx.data(slot)
-    elif isinstance(module, nnx.Einsum):
-        _check_free(path, "einsum_op", module.einsum_op, (jax.numpy.einsum,))
-        module.einsum_op = nnx.data(slot)
-    else:
-        _check_free(path, _ATTRIBUTE, vars(module).get(_ATTRIBUTE), (None,))
-        setattr(module, _ATTRIBUTE, slot)
-        setattr(module, _PATH, path)
-        module.__class__ = _intercepting(type(module))
+    name = _slot_of(module)
+    if name is not None:
+        setattr(module, name, nnx.data(slot))
+        return
+    setattr(module, _ATTRIBUTE, slot)
+    setattr(module, _PATH, path)
+    module.__class__ = _intercepting(type(module))
 
 
-def _check_free(path: str, slot: str, value, free) -> None:
-    if value not in free:
+def _check_free(module: nnx.Module, path: str) -> None:
+    name = _slot_of(module) or _ATTRIBUTE
+    value = getattr(module, "dot_general_cls", None) if name == "dot_general" else None
+    value = value or getattr(module, name, None)
+    if not any(value is free for free in (None, jax.lax.dot_general, jax.numpy.einsum)):
         raise ValueError(
-            f"{path} has a {slot} of its own ({value!r}): leave the layer out by a rule (its path, 'bf16') before the "
+            f"{path} has a {name} of its own ({value!r}): leave the layer out by a rule (its path, 'bf16') before the "
             "others, or set it back"
+        )
+
+
+def _check_not_stacked(module: nnx.Module, path: str) -> None:
+    """One stream cannot serve layers that `nnx.scan` takes apart; for classes whose kernel's axes are known."""
+    match _slot_of(module), module:
+        case "dot_general", nnx.Linear():
+            axes = 2
+        case "dot_general", _:
+            axes = len(module.batch_axis) + len(module.axis) + len(module.out_features)
+        case "einsum_op", _:
+            axes = len(module.kernel_shape)
+        case _:
+            return
+    if module.kernel.ndim != axes:
+        raise ValueError(
+            f"{path} has a kernel of {module.kernel.ndim} axes in place of {axes}, as layers stacked by nnx.vmap have: "
+            "call fp4jax.nnx.quantize on the layer inside the function that is vmapped"
         )
 
 
@@ -241,7 +296,11 @@ def _call(module: nnx.Module, method, args, kwargs):
     (random streams of modules inside, running statistics) is written back.
     """
     graph, state = nnx.split(module)
-    before, tree = jax.tree.flatten(state)
+    stored, tree = jax.tree.flatten(state)
+    before = intercept.as_jax(stored)
+    known = {id(old): new for old, new in zip(stored, before, strict=True)}
+    weights = [known[id(weight)] for weight in _own_weights(module)]
+    args, kwargs = intercept.arguments_as_jax((args, kwargs))
 
     def function():
         copy = nnx.merge(graph, jax.tree.unflatten(tree, before), copy=True)
@@ -250,18 +309,22 @@ def _call(module: nnx.Module, method, args, kwargs):
 
     path = getattr(module, _PATH)
     slot = getattr(module, _ATTRIBUTE)
-    (result, after), replaced = intercept.call(function, _own_weights(module), slot, path)
+    (result, after), replaced = intercept.call(function, weights, slot, path)
     if not replaced:
-        _report_no_product(path)
+        intercept.report_no_product(path)
     _, now = nnx.split(module)  # the slot has drawn since
     changed = {i: new for i, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
     if changed:
         leaves = [changed.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(now))]
-        nnx.update(module, jax.tree.unflatten(tree, leaves))
+        _write_back(module, jax.tree.unflatten(tree, leaves), [*changed.values()])
     return result
 
 
-@functools.cache
-def _report_no_product(path: str) -> None:
-    """Says so once."""
-    _log.warning("%s owns a weight and multiplied nothing by it: nothing of it runs under its recipe", path)
+def _write_back(module: nnx.Module, state, changed: list[jax.Array]) -> None:
+    """Only what changed: other variables may belong to an outer trace, where they may not be written."""
+    ids = {id(leaf) for leaf in changed}
+    flat = [
+        (path, variable) for path, variable in nnx.to_flat_state(state)
+        if any(id(leaf) in ids for leaf in jax.tree.leaves(variable))
+    ]  # fmt: skip
+    nnx.update(module, nnx.from_flat_state(flat))

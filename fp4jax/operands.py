@@ -27,6 +27,7 @@ from fp4jax.numerics import (
     residual,
     rotate,
 )  # fmt: skip
+from fp4jax.numerics.blocks import Shape, Size
 from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 
 # Streams of random bits, one for every quantization of a linear layer; frozen, or runs would not repeat.
@@ -149,7 +150,7 @@ class _Context:
             scale_words=fold(stream, bits.SCALES) if stochastic_scales else None,
         )  # fmt: skip
 
-    def signs(self, operand: Operand, slot: str, shape: tuple[int, ...], axis: int):
+    def signs(self, operand: Operand, slot: str, shape: Shape, axis: int):
         """Fresh signs for a transform of an array of `shape` along `axis`: one set, repeated over the batch axes."""
         if not operand.fresh_signs:
             return None
@@ -238,7 +239,7 @@ def dequantize(value: QTensor | Array) -> Float32[Array, "..."]:
 
 
 def column_sums(
-    value: QTensor | Array, axes: tuple[int, ...], operand: Operand, shape: tuple[int, ...], row_mask, signs
+    value: QTensor | Array, axes: tuple[int, ...], operand: Operand, shape: Shape, row_mask, signs
 ) -> Float32[Array, "..."]:
     """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
 
@@ -283,6 +284,11 @@ def _split_low_rank(x, split: LowRankSplit, context: _Context, name: str):
 def exact_low_rank(x: Float32[Array, "..."], split: LowRankSplit, batch_dims: int) -> LowRank:
     """The part of x [*batch, *rows, features] that the split takes off, before its factors are quantized."""
     rows = math.prod(x.shape[batch_dims:-1])
+    if not isinstance(rows, int):
+        raise ValueError(
+            "a split of low rank takes its rank from the number of tokens, which a symbol (jax.export) does not tell: "
+            "export with fixed sizes, or under a recipe without such a split"
+        )
     rank = max(1, round(split.rank_fraction * min(rows, x.shape[-1])))
     left, right = low_rank_factors(x, rank, batch_dims, split.iterations)
     rows_axes = tuple(range(batch_dims, x.ndim - 1))
@@ -312,8 +318,8 @@ def _pad_axis(x, axis: int, multiple: int):
     return _pad_to(x, axis, -(-x.shape[axis] // multiple) * multiple)
 
 
-def _pad_to(x, axis: int, size: int):
+def _pad_to(x, axis: int, size: Size):
     missing = size - x.shape[axis]
-    if missing <= 0:
+    if isinstance(missing, int) and missing <= 0:
         return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])

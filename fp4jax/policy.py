@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from fp4jax.data.json_files import parse_json
 from fp4jax.recipes import Recipe, as_recipe, recipe
 
 RUN_RECIPE = "run"
@@ -32,6 +33,10 @@ _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Ordered rules from layer path to recipe: the first that matches wins, a layer without a match is not quantized.
+
+    >>> policy = Policy.of(("lm_head", "bf16"), (".", "averis"))
+    >>> {path: recipe.name for path, recipe in policy.assign(["layers.0.mlp.up_proj", "lm_head"]).items()}
+    {'layers.0.mlp.up_proj': 'averis', 'lm_head': 'bf16'}
 
     Attributes:
       rules: (regular expression, recipe) pairs; the expression is searched for in paths such as
@@ -75,6 +80,10 @@ class Policy:
 @dataclasses.dataclass(frozen=True)
 class PolicyFile:
     """Rules that name recipes, and where they come from: what a policy file holds.
+
+    >>> file = PolicyFile((("down_proj", "bf16"), (".", "run")), {"command": "by hand"})
+    >>> file.policy("averis").recipe_for("layers.0.self_attn.o_proj").name
+    'averis'
 
     Attributes:
       rules: (regular expression, recipe name or `RUN_RECIPE`) pairs, in order; at least one.
@@ -132,10 +141,10 @@ class PolicyFile:
           ValueError: a file that cannot be read or is no policy, in one line.
         """
         try:
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"policy file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
-        except json.JSONDecodeError as error:
+            content = parse_json(Path(path).expanduser().read_bytes())
+        except OSError as error:
+            raise ValueError(f"policy file {path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
             raise ValueError(f"policy file {path} is not JSON: {error}") from None
         keys = (_VERSION_KEY, "provenance", "rules")
         if not isinstance(content, dict) or set(content) != set(keys):
@@ -211,9 +220,10 @@ def _written(name: str) -> PolicyFile:
         return PolicyFile.load(name)
     if name.startswith("["):
         try:
-            return PolicyFile(_rules(json.loads(name)))
-        except json.JSONDecodeError as error:
+            rules = parse_json(name)
+        except ValueError as error:
             raise ValueError(f"policy={name!r} is not JSON: {error}") from None
+        return PolicyFile(_rules(rules))
     raise ValueError(
         f"unknown policy {name!r}; known: {', '.join(_POLICIES)}, a policy file (its name ends in {FILE_SUFFIX}), "
         """or rules such as '[["mlp", "run"]]'"""

@@ -22,6 +22,11 @@ def ragged_dot(
 ) -> Float[Array, "M N"]:
     """`jax.lax.ragged_dot` under a recipe, differentiable in x and w.
 
+    >>> x, w = jnp.ones((5, 16)), jnp.stack([jnp.ones((16, 16)), 2 * jnp.ones((16, 16))])
+    >>> y = jax.jit(lambda x, w: ragged_dot(x, w, jnp.array([3, 2]), "nvfp4"))(x, w)
+    >>> print(y[:, 0])
+    [16. 16. 16. 32. 32.]
+
     Every group is a matrix by itself: means, maxima and blocks of 16 tokens are those of its own rows alone, as if it
     were multiplied by itself.
 

@@ -216,7 +216,13 @@ class Gemm:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Three GEMMs. Frozen and hashable; `str` gives the six-slot table."""
+    """Three GEMMs. Frozen and hashable; `str` gives the six-slot table.
+
+    >>> from fp4jax.numerics import NVFP4
+    >>> forward_only = Recipe("forward_only", fprop=Gemm(Operand(NVFP4), Operand(NVFP4)))
+    >>> str(forward_only.slots["fprop.x"]), str(forward_only.slots["wgrad.g"])
+    ('NVFP4, 1x16, nearest', 'high precision')
+    """
 
     name: str
     fprop: Gemm = Gemm()

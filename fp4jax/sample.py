@@ -38,7 +38,8 @@ def main() -> None:
         seed=SEED.value,
     )  # fmt: skip
     tokenizer = subject.tokenizer
-    # Without a text, what follows the end of another one.
+    if "" in prompts:
+        print("an empty --prompt is continued as what follows the end of a text", file=sys.stderr)
     encoded = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
     longest = max(map(len, encoded))
     if longest + MAX_TOKENS.value > subject.max_length:

@@ -1,6 +1,7 @@
 """Hooks of mkdocs.yml: pages that stand outside of docs/, the reference, and links into the repository.
 
-The reference is made from the table of contents in fp4jax/__init__.py, which imports nothing. A link from a page to a
+The reference is made from the tables of contents in fp4jax/__init__.py and fp4jax/data/__init__.py, which import
+nothing; a page of it without an entry is an error. A link from a page to a
 file of the repository becomes a copy of that file in the site, so the site can be read without the repository; a link
 to a file that is not there is an error.
 """
@@ -18,6 +19,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
 import fp4jax  # noqa: E402  its table of contents alone: nothing is loaded
+import fp4jax.data  # noqa: E402  likewise
 
 # Page of the site ← file of the repository.
 OUTSIDE = {"results.md": "RESULTS.md", "contributing.md": "CONTRIBUTING.md"}
@@ -40,8 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are made here and the files that pages link to."""
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
-    for module, names in _reference().items():
-        files.append(File.generated(config, _page(module), content=_reference_page(module, names)))
+    for module, entries in _reference().items():
+        files.append(File.generated(config, _page(module), content=_reference_page(module, entries)))
     sources = [*DOCS.glob("*.md"), *(ROOT / source for source in OUTSIDE.values())]
     linked = {path for source in sources for path in _linked_files(source)}
     for path in sorted(linked):
@@ -63,13 +65,21 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
     return LINK.sub(replace, markdown)
 
 
+def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
+    """Raises on a page of the reference that came out empty."""
+    if page.file.src_uri.startswith("reference/") and "doc-heading" not in html:
+        raise PluginError(f"{page.file.src_uri} has no entry: is what it documents loaded from elsewhere?")
+    return html
+
+
 def _reference() -> dict[str, list[str]]:
-    """Module → its public names, in the order of the table of contents; modules that are public as such have none."""
+    """Module → its public names in full, in the order of its table of contents; none: all that it defines itself."""
     found = {}
     for name, module in fp4jax._DEFINED_IN.items():
-        found.setdefault(module, []).append(name)
-    for module in fp4jax._MODULES:
+        found.setdefault(module, []).append(f"{module}.{name}")
+    for module in ("recipe_types", *fp4jax._MODULES):
         found.setdefault(f"fp4jax.{module}", [])
+    found["fp4jax.data"] = [f"{module}.{name}" for name, module in fp4jax.data._DEFINED_IN.items()]
     return found
 
 
@@ -77,10 +87,10 @@ def _page(module: str) -> str:
     return f"reference/{module.removeprefix('fp4jax.')}.md"
 
 
-def _reference_page(module: str, names: list[str]) -> str:
+def _reference_page(module: str, entries: list[str]) -> str:
     title = f"# {module}\n\n"
-    if names:
-        return title + "".join(f"::: {module}.{name}\n\n" for name in names)
+    if entries:
+        return title + "".join(f"::: {entry}\n\n" for entry in entries)
     return title + f"::: {module}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
 
 

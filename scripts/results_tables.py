@@ -15,7 +15,7 @@ from pathlib import Path
 from fp4jax.analysis.ptq.measure import Measurement, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("RESULTS.md", "docs/recipes.md")
+PAGES = ("RESULTS.md", "docs/recipes.md", "docs/faults.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -36,7 +36,50 @@ def search() -> str:
     return _table(("X", "loss gap, %", "divergence"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"ptq": ptq, "search": search}
+def fuzzing() -> str:
+    """How many damaged inputs every reader was given, and what came out."""
+    readers = json.loads((ROOT / "results/faults/fuzz.json").read_text(encoding="utf-8"))["readers"]
+    header = ("reader", "inputs", "read", "refused", "anything else")
+    rows = [
+        (name, *(f"{found.get(key, 0):,}" for key in ("examples", "read", "refused", "uncaught")))
+        for name, found in readers.items()
+    ]
+    return _table(header, rows)
+
+
+def overheads() -> str:
+    """What saves and reading data cost, and whether memory grows."""
+    memory = json.loads((ROOT / "results/faults/memory.json").read_text(encoding="utf-8"))
+    in_use, own = memory["in_use"], memory["own"]["median_mb"]
+    steps = f"{memory['steps']:,} steps with a save and a validation every {memory['saves_and_validations_every']}"
+    rows = [
+        (
+            f"memory in use, {steps}: last {memory['window_steps']} steps over the first after the warm-up",
+            f"{100 * in_use['last_over_first_median']:+.2f} % of {in_use['median_mb'][0]:.1f} MB",
+            f"{memory['commit']}, {memory['machine']}",
+        ),
+        (
+            "the process's anonymous pages in the same windows, which the allocator and the system decide about too",
+            f"{own[0]:.0f} MB, then {min(own[1:]):.0f} to {max(own[1:]):.0f} MB",
+            f"{memory['commit']}, {memory['machine']}",
+        ),
+    ]
+    path = ROOT / "results/faults/overheads.json"
+    if path.exists():
+        time = json.loads(path.read_text(encoding="utf-8"))
+        where = f"{time['commit']}, {time['machine']}"
+        saving = f"saving asynchronously every {time['every']} steps, `configs/averis_tiny.py`, {time['pairs']} pairs"
+        rows += [
+            (f"{saving}: {what} time", f"{100 * time[kind]['cost_of_saving_median']:+.1f} % (median)", where)
+            for kind, what in (("wall", "wall"), ("cpu", "processor"))
+        ]
+        rows.append(
+            ("waiting for data, same run: share of the time", f"{100 * time['data_wait']['share']:.2f} %", where)
+        )
+    return _table(("what", "measured", "commit and machine"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"ptq": ptq, "search": search, "fuzzing": fuzzing, "overheads": overheads}
 
 
 def current(text: str) -> str:

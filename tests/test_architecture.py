@@ -41,6 +41,7 @@ LEVELS = {
     "fp4jax.equation": 3,
     "fp4jax.ragged": 3,
     "fp4jax.intercept": 3,
+    "fp4jax.origins": 3,
     "fp4jax.equinox": 3,
     "fp4jax.linen": 3,
     "fp4jax.nnx": 3,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from fp4jax.checksums import MANIFEST, find_damage, write_manifest
+from fp4jax.checksums import FORMAT_VERSION, MANIFEST, FormatVersionError, find_damage, write_manifest
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def item(tmp_path):
 def test_whole_folder_is_not_damaged_and_later_files_do_not_matter(item):
     (item / "commit_success.txt").write_text("later")
     assert find_damage(item) is None
-    assert set(json.loads((item / MANIFEST).read_text())) == {"d/array", "empty"}
+    assert set(json.loads((item / MANIFEST).read_text())["files"]) == {"d/array", "empty"}
 
 
 @pytest.mark.parametrize("position", [0, 1_234_567, 256 * 9000 - 1])
@@ -39,3 +39,12 @@ def test_what_is_cut_or_gone_or_unreadable_is_named(item):
         assert find_damage(item) == f"{item.name}/{MANIFEST} cannot be read", broken
     (item / MANIFEST).unlink()
     assert find_damage(item) == f"{item.name}/{MANIFEST} is missing"
+
+
+def test_a_manifest_of_another_version_is_refused_and_one_without_a_version_is_read(item):
+    manifest = json.loads((item / MANIFEST).read_text())
+    (item / MANIFEST).write_text(json.dumps(manifest["files"]))
+    assert find_damage(item) is None
+    (item / MANIFEST).write_text(json.dumps(manifest | {"format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(FormatVersionError, match=f"has format version {FORMAT_VERSION + 1}; this version"):
+        find_damage(item)

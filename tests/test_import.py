@@ -24,6 +24,19 @@ def test_importing_fp4jax_loads_neither_jax_nor_flax():
     assert run_python(code).strip() == ""
 
 
+def test_what_a_model_of_ones_own_uses_loads_no_heavy_package():
+    """Neither optax, which flax loads, nor orbax, grain, tensorflow_datasets, matplotlib: nothing but jaxtyping."""
+    code = """
+import sys, jax, flax.linen, flax.nnx
+before = set(sys.modules)
+import fp4jax
+for name in (*fp4jax._DEFINED_IN, "linen", "nnx"):
+    getattr(fp4jax, name)
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+    assert set(run_python(code).split()) - {"jax"} == {"fp4jax", "jaxtyping"}
+
+
 @pytest.mark.parametrize("name", fp4jax.__all__)
 def test_public_name_resolves(name):
     if name in OPTIONAL:

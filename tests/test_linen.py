@@ -201,6 +201,21 @@ def test_a_whole_model_by_interception():
     assert recorded["intermediates"]["out"]["y"][0].shape == (2, 8, 24)
 
 
+def test_a_model_that_jits_itself():
+    """`nn.jit` keeps traces by module and shapes: each policy has its own, and a call that finds one is no error."""
+    plain = nn.jit(Attention)()
+    variables = {"params": jax.eval_shape(plain.init, jax.random.key(0), X)["params"]}
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables)
+    policies = "fp8+nearest", fp4jax.Policy.of(("up", "bf16"), (".", "fp8+nearest"))
+    models = [plain, *(fp4jax.linen.quantize(plain, policy) for policy in policies)]
+
+    def products(model):
+        return str(jax.make_jaxpr(lambda variables, x: model.apply(variables, x)[0])(zeros, X)).count("custom_vjp_call")
+
+    assert [products(model) for model in (*models, *models)] == [0, 3, 2, 0, 3, 2]
+    assert sorted(models[1].layers(zeros, X)) == ["out", "qkv", "up"]
+
+
 def test_a_scanned_model_without_its_stream_says_what_to_pass():
     for split, works in (({"params": True, "fp4": True}, True), ({"params": True}, False)):
         stack = nn.scan(nn.remat(Attention), variable_axes={"params": 0}, split_rngs=split, length=2)()
@@ -225,3 +240,89 @@ def test_a_model_is_refused_with_the_cure():
         fp4jax.linen.quantize(nn.Dropout(0.5, deterministic=True), "averis").layers({}, X)
     with pytest.raises(ValueError, match="takes a flax.linen module, got int"):
         fp4jax.linen.quantize.__wrapped__(3, "averis")  # the suite's type checker would be first
+
+
+def test_weights_of_numpy_are_converted():
+    """As checkpoints give them."""
+    model = fp4jax.linen.quantize(Attention(), "nvfp4+nearest")
+    shapes = jax.eval_shape(Attention().init, jax.random.key(0), X)["params"]
+    params = {"params": jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)}
+    assert str(jax.make_jaxpr(lambda x: model.apply(params, x))(X)).count("custom_vjp_call") == 3
+
+
+class Table(nn.Module):
+    """A weight that a method other than `__call__` multiplies by, and one that nothing does."""
+
+    def setup(self):
+        self.table = self.param("table", nn.initializers.ones, (24, 24))
+
+    def __call__(self, x):
+        return x + self.table[:8]
+
+    def decode(self, x):
+        return x @ self.table.T
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (24, 24))
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=2)[0]
+
+
+class TableAndUp(nn.Module):
+    def setup(self):
+        self.table = Table()
+        self.up = nn.Dense(24)
+
+    def __call__(self, x):
+        return self.table.decode(self.up(self.table(x)))
+
+
+def test_what_stays_in_high_precision_is_said(caplog):
+    params = jax.eval_shape(TableAndUp().init, jax.random.key(0), X)
+    with caplog.at_level("WARNING", "fp4jax"):
+        layers = fp4jax.linen.quantize(TableAndUp(), "nvfp4+nearest").layers(params, X)
+    assert set(layers) == {"up"}
+    assert "table owns a weight and multiplied nothing by it" in caplog.text
+    assert "its method decode is not __call__ and stays as it is: table" in caplog.text
+
+
+def test_a_product_that_cannot_be_replaced_names_its_layer_and_the_rule_helps():
+    params = jax.eval_shape(Scanned().init, jax.random.key(0), X)
+    with pytest.raises(ValueError, match="^model multiplies by its weight inside a scan.*'bf16'"):
+        fp4jax.linen.quantize(Scanned(), "nvfp4+nearest").layers(params, X)
+    policy = fp4jax.Policy.of(("^model", "bf16"), (".", "nvfp4+nearest"))
+    layers = fp4jax.linen.quantize(Scanned(), policy).layers(params, X)
+    assert {path: recipe.name for path, recipe in layers.items()} == {"model": "bf16"}
+
+
+def test_a_module_that_would_lose_its_policy_is_not_given_away():
+    model = fp4jax.linen.quantize(nn.Dense(24), "nvfp4+nearest")
+    with pytest.raises(ValueError, match="bind gives a module that is not under the policy: use apply"):
+        model.bind({"params": {"kernel": jnp.ones((24, 24)), "bias": jnp.ones(24)}})
+    with pytest.raises(ValueError, match="clone gives a module"):
+        model.clone(features=8)
+
+
+class Noisy(nn.Module):
+    """A weight to which data is added: interception cannot tell it from a learned position."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (24, 24))
+        return nn.Dense(24, name="up")(x) @ (w + jax.random.normal(self.make_rng("noise"), w.shape))
+
+
+def test_the_report_shows_what_interception_cannot_tell(caplog):
+    model = fp4jax.linen.quantize(Noisy(), "nvfp4+nearest")
+    params = jax.eval_shape(Noisy().init, {"params": KEY, "noise": KEY}, X)
+
+    def forward(params, x, key):
+        return model.apply(params, x, rngs={"noise": key})
+
+    with caplog.at_level("WARNING", "fp4jax"):
+        report = fp4jax.report(forward, params, X, KEY, compile_program=False)
+    assert "model owns a weight and multiplied nothing by it" in caplog.text
+    assert "1 of 2 products" in str(report) and "not given to fp4jax (1)" in str(report)
+    assert "params.params.w" in str(report)

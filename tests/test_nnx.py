@@ -210,3 +210,83 @@ def test_a_model_is_refused_with_the_cure():
         fp4jax.nnx.quantize(nnx.Dropout(0.5), "averis", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="no quantized layers to restore"):
         fp4jax.nnx.restore(model)
+
+
+class Foreign(nnx.Module):
+    """What the slots do not serve: weights in containers, a subclass with a call of its own, a module without one."""
+
+    class Scaled(nnx.Linear):
+        def __call__(self, x):
+            return 0.5 * (x @ self.kernel[...])
+
+    class Table(nnx.Module):
+        def __init__(self, rngs):
+            self.table = nnx.Param(jax.random.normal(rngs.params(), (24, 24)))
+
+        def decode(self, x):
+            return x @ self.table[...].T
+
+    def __init__(self, rngs):
+        self.experts = nnx.List([nnx.Param(jnp.eye(24)), nnx.Dict(w=nnx.Param(jnp.eye(24)))])
+        self.scaled = Foreign.Scaled(24, 24, rngs=rngs)
+        self.table = Foreign.Table(rngs)
+
+    def __call__(self, x):
+        return self.table.decode(self.scaled(x @ self.experts[0][...] @ self.experts[1]["w"][...]))
+
+
+def program(model, x=X) -> str:
+    graph, state = nnx.split(model)
+    return str(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x))
+
+
+def test_what_a_foreign_module_owns_is_found(caplog):
+    model = Foreign(nnx.Rngs(0))
+    with caplog.at_level("WARNING", "fp4jax"):
+        assert set(fp4jax.nnx.quantize(model, "nvfp4+nearest")) == {"model", "scaled"}
+    assert "weights left in high precision: modules of Foreign without a __call__: table" in caplog.text
+    assert program(model).count("custom_vjp_call") == 3
+
+
+def test_weights_of_numpy_are_converted():
+    """As checkpoints give them."""
+    model = Foreign(nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(np.asarray, nnx.state(model, nnx.Param)))
+    assert isinstance(model.scaled.kernel[...], np.ndarray)
+    fp4jax.nnx.quantize(model, "nvfp4+nearest")
+    assert str(jax.make_jaxpr(lambda x: model(x))(X)).count("custom_vjp_call") == 3
+
+
+def test_a_refused_model_is_as_it_was():
+    def own(*args, **kwargs):
+        return jax.lax.dot_general(*args, **kwargs)
+
+    for refused, change in [
+        (r"up has a dot_general of its own.*\(its path, 'bf16'\)", {"dot_general": own}),
+        ("up has a kernel of 3 axes in place of 2.*inside the function that is vmapped", {"kernel": nnx.Param(
+            jnp.ones((2, 24, 32)))}),
+    ]:  # fmt: skip
+        model, rngs = Attention(nnx.Rngs(0)), nnx.Rngs(fp4=0)
+        for name, value in change.items():
+            setattr(model.up, name, value)
+        modules = [(path, type(module)) for path, module in nnx.iter_modules(model)]
+        structure = jax.tree.structure(nnx.state(model))
+        with pytest.raises(ValueError, match=refused):
+            fp4jax.nnx.quantize(model, "averis", rngs=rngs)
+        for wrong in ({"gemm": "other"}, {"rngs": None}, {"rngs": nnx.Rngs(params=0)}):
+            with pytest.raises(ValueError, match="must be one of|pass rngs"):
+                fp4jax.nnx.quantize(model, fp4jax.Policy.of(("up", "bf16"), (".", "averis")), **{"rngs": rngs} | wrong)
+        assert [(path, type(module)) for path, module in nnx.iter_modules(model)] == modules
+        assert jax.tree.structure(nnx.state(model)) == structure
+        assert rngs.fp4.count[...] == 0
+
+
+def test_a_product_that_cannot_be_replaced_names_its_layer():
+    class Scanned(Own):
+        def __call__(self, x):
+            return jax.lax.scan(lambda x, _: (x @ self.w[...], None), x, None, length=2)[0]
+
+    model = nnx.Dict(inner=Scanned("", (24, 24), nnx.Rngs(0)))
+    fp4jax.nnx.quantize(model, "nvfp4+nearest")
+    with pytest.raises(ValueError, match="^inner multiplies by its weight inside a scan"):
+        nnx.eval_shape(lambda model: model.inner(X), model)

@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"none.json cannot be read: No such file or directory"):
         PolicyFile.load(tmp_path / "none.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="binary.json cannot be read: 'utf-8' codec"):
+    with pytest.raises(ValueError, match="binary.json is not JSON: .utf-8. codec"):
         PolicyFile.load(tmp_path / "binary.json")
 
 

@@ -100,6 +100,8 @@ def test_train_then_eval(tmp_path):
     text = run(*sample, "--max_tokens=6", "--temperature=1", "--top_k=50")
     assert text.returncode == 0 and text.stdout.startswith("Fellow") and "\n\nI have the" in text.stdout, text.stderr
     assert "12 tokens in " in text.stderr and "bf16 in 7 of 7 linear layers" in text.stderr
+    empty = run(*sample[:2], "--prompt=", "--max_tokens=2")
+    assert empty.returncode == 0 and "an empty --prompt is continued as what follows the end" in empty.stderr
     long = run(*sample, "--max_tokens=30")
     assert long.returncode == 1 and "--max_tokens=30 exceed the 32 tokens that the model takes" in long.stderr
 

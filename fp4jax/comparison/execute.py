@@ -1,7 +1,6 @@
 """The runs of a comparison that are not finished, one after the other."""
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -11,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fp4jax.comparison.plan import Comparison, Run
+from fp4jax.comparison.plan import Comparison, Run, read_json
 from fp4jax.comparison.records import load_record
-from fp4jax.comparison.run import CONFIG, LOG, SUMMARY, write_atomically
+from fp4jax.comparison.run import CONFIG, LOG, SUMMARIZED, SUMMARY, write_atomically
 from fp4jax.locking import locked
 from fp4jax.training.estimate import duration
 from fp4jax.training.preemption import SIGNALS, Preempted
@@ -72,7 +71,7 @@ def is_finished(run: Run) -> bool:
 
 def outcome(run: Run) -> str:
     """One line about a finished run."""
-    summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_json(run.folder / SUMMARY, SUMMARIZED)
     if summary["diverged"]:
         return f"diverged: {summary['diverged']}"
     return f"validation loss {load_record(run).validation_loss:.4f}"

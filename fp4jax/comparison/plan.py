@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
-from fp4jax.config import default_config
 from fp4jax.config_checks import config_differences, validate
+from fp4jax.data.json_files import check_fields, one_line, parse_json
 from fp4jax.recipes import recipe
 from fp4jax.training.schedule import settle
 
 DECLARATION = "declaration.json"
+DECLARED = {"baseline": str, "primary": list[str] | None, "config": dict[str, Any]}
 FREE = ("log", "checkpoint", "watchdog", "health", "data.prefetch")
 """Keys and groups that may differ between a comparison's runs. What a run of its own may change as well, its steps, its
 validation, its mesh, would compare one thing with another here."""
@@ -104,11 +106,11 @@ class Comparison:
             temporary.write_text(json.dumps(declared, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
             return
-        found = read_json(path, ("baseline", "primary", "config"))
+        found = read_json(path, DECLARED)
         differing = [
             f"{key} {found[key]} → {declared[key]}" for key in ("baseline", "primary") if found[key] != declared[key]
         ]
-        declared["config"]["recipe"] = found["config"]["recipe"]  # said above
+        declared["config"]["recipe"] = found["config"].get("recipe")  # said above
         differing += config_differences(found["config"], declared["config"], FREE)
         if differing:
             raise ValueError(
@@ -116,24 +118,13 @@ class Comparison:
             )
 
 
-def read_json(path: Path, keys: Sequence[str]) -> dict:
-    """An object with these keys, in a file that a comparison wrote.
+def read_json(path: Path, fields: Mapping[str, Any]) -> dict:
+    """An object with fields of these types, in a file that a comparison wrote.
 
     Raises:
       ValueError: it is not what was written; names the file.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict) and set(keys) <= value.keys():
-            return value
-        problem = f"no object with {', '.join(keys)}"
-    except ValueError as error:
-        problem = str(error)
-    raise ValueError(f"{path} is damaged ({problem}); restore it, or choose another --workdir")
-
-
-def load_config(values: dict) -> ml_collections.ConfigDict:
-    """The configuration with these values, from a JSON file of ours."""
-    config = default_config()
-    config.update(values)
-    return config
+        return check_fields(parse_json(path.read_bytes()), fields)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}); restore it, or choose another --workdir") from None

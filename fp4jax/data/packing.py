@@ -17,10 +17,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, Integer, Shaped, UInt
 
+TOKEN_DTYPES = ("<u2", "<u4")
+"""What a token stream may be stored in, by NumPy's names."""
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The type a token stream is stored in: the smallest unsigned little-endian one for every id below `vocab_size`."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+    return np.dtype(TOKEN_DTYPES[vocab_size > 1 << 16])
 
 
 def concatenate(
@@ -54,6 +57,10 @@ def document_segments(
 
     So the end-of-text token before a document stands at its beginning, and with attention kept inside a segment no
     target is predicted from another document. A document that a row begins in the middle of has position 0 there.
+
+    >>> segments, positions = document_segments(np.array([5, 5, 0, 7, 7, 0, 9]), end_of_text=0)
+    >>> print(segments, positions)
+    [0 0 1 1 1 2 2] [0 1 0 1 2 0 1]
     """
     starts = inputs == end_of_text
     starts[0] = False
@@ -63,7 +70,12 @@ def document_segments(
 
 
 class PackedRows:
-    """The rows of a token stream, by index: a random-access source for Grain over a stream on disk."""
+    """The rows of a token stream, by index: a random-access source for Grain over a stream on disk.
+
+    >>> rows = PackedRows(np.arange(9), seq_len=3)
+    >>> len(rows), rows[1].tolist(), rows.tokens_left_out
+    (2, [3, 4, 5, 6], 2)
+    """
 
     def __init__(self, stream: TokenStream, seq_len: int):
         if seq_len < 1:

@@ -29,6 +29,9 @@ from fp4jax.data.tokenizers import Tokenizer, load_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
 
+TOKENIZER_KEY = "tokenizer"
+"""Of a saved position: the fingerprint of the tokenizer whose ids the model was trained on."""
+
 ENDLESS = 1 << 40
 """Batches of training data: more than any run reads, and few enough that an index of a row fits 64 bits."""
 
@@ -68,6 +71,7 @@ def open_dataset(
     stats = _stats(str(data_config.source), split, tokenizer, sources, rows)
     # What decides the sequence of global batches: a saved position means nothing in another sequence.
     sequence = {"split": split, "corpus": _digest(sources), "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+    sequence[TOKENIZER_KEY] = tokenizer.fingerprint
     return Dataset(rows, sources, stats, sequence, (process_index, process_count), data_config)
 
 
@@ -245,6 +249,8 @@ class BatchIterator:
         Raises:
           DataError: it is a position in another sequence of batches, or beyond the end of this one.
         """
+        if isinstance(state, dict) and TOKENIZER_KEY not in state:  # saved before positions named it
+            state = state | {TOKENIZER_KEY: self._sequence[TOKENIZER_KEY]}
         if not isinstance(state, dict) or set(state) != {"next_batch", *self._sequence}:
             raise DataError(
                 f"data position {state!r} was not made by this data pipeline; start anew in an empty workdir"

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,28 @@ from jaxtyping import UInt
 from fp4jax.data.corpus import CHECKED_BYTES
 from fp4jax.data.documents import SPLITS
 from fp4jax.data.errors import DataError
+from fp4jax.data.json_files import check_fields, from_fields, one_line, parse_json
+from fp4jax.data.packing import TOKEN_DTYPES
 
 INDEX = "index.json"
 PARTIAL = "partial"
 """Folder with the state of a preparation that is not finished."""
 
 FORMAT = "fp4jax prepared set, version 1"
+_INDEX = {
+    "tokenizer": dict[str, Any],
+    "dtype": str,
+    "record_tokens": int,
+    "options": dict[str, Any],
+    "inputs": list[dict[str, Any]],
+    "documents_read": int,
+    "drops": dict[str, int],
+    "splits": dict[str, Any],
+}
+_LARGEST = 1 << 48
+_SHARD_NAME = re.compile(r"(train|validation)-\d{5,12}\.array_record", re.ASCII)
+_AGAIN = "fetch it again, or prepare the data again"
+_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "end_of_text": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +125,38 @@ class PreparedSet:
         """Reads the index alone; raises DataError if it is missing or of another kind."""
         path = folder / INDEX
         try:
-            index = json.loads(path.read_bytes())
-            if index.pop("format") != FORMAT:
-                raise ValueError("another format")
-            splits = {
-                name: PreparedSplit(
-                    tuple(ShardFacts(**shard) for shard in index["splits"][name]["shards"]),
-                    index["splits"][name]["unigram_entropy"],
-                )
-                for name in SPLITS
-            }
-            return cls(**index | {"folder": folder, "splits": splits, "dtype": np.dtype(index["dtype"]),
-                                  "inputs": tuple(index["inputs"])})  # fmt: skip
+            return cls._from_index(folder, parse_json(path.read_bytes()))
         except OSError as error:
             raise DataError(
                 f"{folder} is no finished prepared set: {path} cannot be read ({error.strerror}); "
                 "run `python -m fp4jax.data.prepare` again, it goes on where it was"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise DataError(
-                f"{path} is not an index of {FORMAT!r} ({type(error).__name__}: {error}); prepare the data again"
+                f"{path} is not an index of {FORMAT!r} ({one_line(error)}); prepare the data again"
             ) from error
+
+    @classmethod
+    def _from_index(cls, folder: pathlib.Path, index: Any) -> "PreparedSet":
+        """The set that an index describes; ValueError for what is none."""
+        if check_fields(index, {"format": str})["format"] != FORMAT:
+            raise ValueError(f"format {index['format']!r}")
+        check_fields(index, _INDEX)
+        check_fields(index["tokenizer"], _TOKENIZER)
+        check_fields(index["options"], {"validation_fraction": float})
+        if index["dtype"] not in TOKEN_DTYPES or not 1 <= index["record_tokens"] < _LARGEST:
+            raise ValueError(f"records of {index['record_tokens']} tokens of type {index['dtype']!r}")
+        return cls(
+            folder=folder,
+            tokenizer=index["tokenizer"],
+            dtype=np.dtype(index["dtype"]),
+            record_tokens=index["record_tokens"],
+            options=index["options"],
+            inputs=tuple(index["inputs"]),
+            documents_read=index["documents_read"],
+            drops=index["drops"],
+            splits={name: _split_from_index(index["splits"].get(name)) for name in SPLITS},
+        )
 
     def index_json(self) -> str:
         """The content of the index: a function of the inputs and the options alone."""
@@ -147,6 +175,17 @@ class PreparedSet:
     def stream(self, split: str) -> "ShardedStream":
         """The token stream of a split."""
         return ShardedStream(self, split)
+
+
+def _split_from_index(value: Any) -> PreparedSplit:
+    check_fields(value, {"shards": list[Any], "unigram_entropy": float})
+    shards = tuple(from_fields(ShardFacts, shard) for shard in value["shards"])
+    for shard in shards:
+        if not _SHARD_NAME.fullmatch(shard.file):
+            raise ValueError(f"shard {shard.file[:50]!r} is no file of a set")
+        if not all(0 <= size < _LARGEST for size in (shard.documents, shard.tokens, shard.bytes)):
+            raise ValueError(f"shard {shard.file!r} has a size that no file can have")
+    return PreparedSplit(shards, value["unigram_entropy"])
 
 
 def is_prepared(folder: pathlib.Path) -> bool:
@@ -171,14 +210,15 @@ class ShardedStream:
         import grain  # it loads JAX, which a process that prepares does not need
 
         shards = prepared.splits[split].shards
+        self._paths = [prepared.folder / shard.file for shard in shards]
         self._record_tokens, self._dtype = prepared.record_tokens, prepared.dtype
         counts = [-(-shard.tokens // self._record_tokens) for shard in shards]
         self._token_ends = list(itertools.accumulate(shard.tokens for shard in shards))
         self._record_ends = list(itertools.accumulate(counts))
         self._records = grain.sources.ArrayRecordDataSource(
             [
-                _Records(str(prepared.folder / shard.file), 0, count, count)
-                for shard, count in zip(shards, counts, strict=True)
+                _Records(str(path), 0, count, count)
+                for path, count in zip(self._paths, counts, strict=True)
             ]
         ) if shards else ()  # fmt: skip
 
@@ -195,12 +235,24 @@ class ShardedStream:
             shard_start = self._token_ends[shard - 1] if shard else 0
             record, offset = divmod(start - shard_start, self._record_tokens)
             record += self._record_ends[shard - 1] if shard else 0
-            part = np.frombuffer(self._records[record], self._dtype)[offset : offset + stop - start]
+            part = self._read(self._paths[shard], record)[offset : offset + stop - start]
             if not len(part):
-                raise DataError(f"record {record} of a prepared set is shorter than its index says; prepare it again")
+                raise DataError(f"prepared set: {self._paths[shard]} is shorter than its index says; {_AGAIN}")
             parts.append(part)
             start += len(part)
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+    def _read(self, path: pathlib.Path, record: int) -> UInt[np.ndarray, " tokens"]:
+        try:
+            return np.frombuffer(self._records[record], self._dtype)
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            OSError,
+        ) as error:  # RuntimeError: a wrong checksum
+            what = f"is damaged ({one_line(error)[:200]})" if path.is_file() else "has vanished"
+            raise DataError(f"prepared set: {path} {what}; {_AGAIN}") from error
 
 
 def file_checksum(path: pathlib.Path) -> str:
@@ -217,4 +269,4 @@ def _check_file(path: pathlib.Path, shard: ShardFacts, by_checksum: bool) -> Non
         what = "has another content than when it was written"
     else:
         return
-    raise DataError(f"prepared set {path.parent}: {path.name} {what}; fetch it again, or prepare the data again")
+    raise DataError(f"prepared set {path.parent}: {path.name} {what}; {_AGAIN}")

@@ -180,6 +180,10 @@ class Qwen3Tokenizer(Tokenizer):
 def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
     """Loads a tokenizer.
 
+    >>> tokenizer = load_tokenizer("embedded")
+    >>> tokenizer.decode(tokenizer.encode("Fellow citizens")), tokenizer.vocab_size
+    ('Fellow citizens', 4096)
+
     Args:
       spec: "embedded", "qwen3", "smollm2-135m"; the path of a `.gguf` file, of a `tokenizer.json` or of the folder that
         holds it; or, where there is no such path, a repository on the Hugging Face hub ("Qwen/Qwen3-0.6B", with a

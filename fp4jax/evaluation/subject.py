@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from fp4jax import models
 from fp4jax import policy as policies
-from fp4jax.data.tokenizers import Tokenizer, load_tokenizer
+from fp4jax.data.tokenizers import Tokenizer
 from fp4jax.models.frozen import FrozenModel
+from fp4jax.models.saved_run import run_tokenizer
 from fp4jax.recipes import Recipe
 from fp4jax.recipes import recipe as find_recipe
 from fp4jax.training.compilation import enable_compilation_cache
@@ -79,7 +80,7 @@ def _of_run(workdir, recipe, policy, batch_size: int, max_length: int | None, se
     about = {"workdir": Path(workdir).name, "step": run.step, "trained_with": run.trained_with}
     about |= _about(config.recipe, models.linear_recipes(config), config.model.dtype)
     frozen = FrozenModel(run.template.merge(run.params), seed)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = run_tokenizer(workdir, run.step, config.data.tokenizer)
     return _subject(frozen, tokenizer, run.mesh, batch_size, max_length or config.seq_len, about, seed)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from fp4jax.data.json_files import parse_json
+
 LM_EVAL = "lm-eval==0.4.13"
 _RACE_QUESTION = ("article", "question", "options", "answer")
 
@@ -121,8 +123,8 @@ def read_documents(name: str, path: Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
+            document = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         accepted = [TASKS[name].fields, *([_RACE_QUESTION] if name == "race" else [])]
         if not isinstance(document, dict) or not any(set(fields) <= set(document) for fields in accepted):

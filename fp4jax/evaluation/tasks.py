@@ -8,9 +8,11 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from fp4jax.data.json_files import check_fields, one_line, parse_json
 from fp4jax.evaluation.subject import Subject
 from fp4jax.evaluation.task_data import LM_EVAL, TASKS, check_files, check_tasks, open_task
 
@@ -26,6 +28,9 @@ PAPER = {
     "race": (0.4882, 0.5036),
 }
 
+_OBJECT = dict[str, Any]
+_RECORD = {"settings": _OBJECT, "about": _OBJECT, "tasks": _OBJECT}
+_TASK = {"metrics": dict[str, _OBJECT], "documents": int, "documents_in_set": int}
 _BOOTSTRAPS = 1000  # for the standard error of LAMBADA's perplexity; those of accuracies have a formula
 _VERSIONS = ("jax", "flax", "lm-eval", "datasets", "tokenizers")
 
@@ -150,10 +155,16 @@ def _open(path: Path, settings: dict) -> dict:
     if not path.exists():
         return {"settings": settings, "about": {}, "tasks": {}}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = check_fields(parse_json(path.read_bytes()), _RECORD)
+        for task in record["tasks"].values():
+            check_fields(record["about"], {"recipe": str})
+            check_fields(task, _TASK)
+            check_fields(task["metrics"], {"acc": _OBJECT})
+            for metric in task["metrics"].values():
+                check_fields(metric, {"value": float, "stderr": float | str})
         before = record["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record of an evaluation ({error}): give another --out") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no record of an evaluation ({one_line(error)}): give another --out") from None
     if before != settings:
         changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
         shown = ", ".join(f"{key} {before.get(key)} → {settings.get(key)}" for key in changed)

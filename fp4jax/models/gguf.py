@@ -1,5 +1,6 @@
 """A Llama in a GGUF file, as a configuration and parameters of ours."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -42,7 +43,7 @@ def read_config(file: GGUFFile, dtype: str) -> LlamaConfig:
     Raises:
       DataError: another architecture, a missing hyperparameter, or scaled rotary positions; all of them are listed.
     """
-    architecture = file["general.architecture"]
+    architecture = file.value("general.architecture", str)
     if architecture != "llama":
         raise DataError(f"{file.path} holds a model of architecture {architecture!r}; supported: 'llama'")
     sizes = {
@@ -58,7 +59,12 @@ def read_config(file: GGUFFile, dtype: str) -> LlamaConfig:
     unsupported = ("llama.rope.scaling.type", "llama.rope.scale_linear", "llama.expert_count")
     problems += [f"unsupported {key!r}" for key in unsupported if key in file]
     _raise_problems(file, problems)
-    values = {name: file[key] for name, key in sizes.items()}
+    kinds = {"rope_theta": float, "rms_norm_eps": float}
+    values = {name: file.value(key, kinds.get(name, int)) for name, key in sizes.items()}
+    problems = [f"{key}={values[name]}" for name, key in sizes.items() if not 0 < values[name] < math.inf]
+    if values["num_layers"] > len(file.shapes):
+        problems.append(f"{values['num_layers']:,} blocks in {len(file.shapes):,} tensors")
+    _raise_problems(file, problems)
     heads = values["num_heads"]
     head_dim = _optional(file, "llama.attention.key_length", values["hidden_size"] // heads)
     rotated = _optional(file, "llama.rope.dimension_count", head_dim)
@@ -103,7 +109,7 @@ def read_parameters(
 
 def read_rest(file: GGUFFile) -> dict[str, int]:
     """What a Hugging Face `config.json` would say besides the hyperparameters."""
-    return {key: int(file[theirs]) for key, theirs in _REST.items() if theirs in file}
+    return {key: file.value(theirs, int) for key, theirs in _REST.items() if theirs in file}
 
 
 def _parameter(file: GGUFFile, config: LlamaConfig, name: str) -> Float32[Array, "..."]:
@@ -126,8 +132,8 @@ def _file_order(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if name.endswith(".kernel") else shape
 
 
-def _optional(file: GGUFFile, key: str, default):
-    return file[key] if key in file else default
+def _optional(file: GGUFFile, key: str, default: int) -> int:
+    return file.value(key, int) if key in file else default
 
 
 def _raise_problems(file: GGUFFile, problems: list[str]) -> None:

@@ -25,7 +25,7 @@ from fp4jax.models.hugging_face import config_json, is_kernel, stored_tensors
 from fp4jax.models.pretrained import LoadedModel
 from fp4jax.models.problems import raise_problems
 from fp4jax.models.safetensors_files import INDEX, SINGLE_FILE
-from fp4jax.recipes import Operand, Recipe
+from fp4jax.recipes import Operand, Recipe, as_recipe, list_recipes
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -79,7 +79,7 @@ def quantized_operands(loaded: LoadedModel, recipes: Mapping[str, Recipe]) -> di
             continue
         operand = recipe.fprop.rhs
         if not nvfp4_layout.can_store(operand):
-            problems[f"weights under recipe {recipe.name!r} are {operand}"] = None
+            problems[f"weights under recipe {recipe.name!r} are {operand}; these can be: {_storable()}"] = None
         elif kernel[0] % nvfp4_layout.BLOCK:
             problems[f"{path} has {kernel[0]} inputs, no multiple of {nvfp4_layout.BLOCK}"] = None
         else:
@@ -88,6 +88,11 @@ def quantized_operands(loaded: LoadedModel, recipes: Mapping[str, Recipe]) -> di
         problems["the recipe quantizes no linear layer: choose one with --recipe=nvfp4"] = None
     raise_problems("the model", f"cannot be written as {nvfp4_layout.FORMAT}", list(problems))
     return operands
+
+
+def _storable() -> str:
+    """The recipes whose weights the layout can hold."""
+    return ", ".join(name for name in list_recipes() if nvfp4_layout.can_store(as_recipe(name).fprop.rhs))
 
 
 def _linear_layers(loaded: LoadedModel) -> Iterator[tuple[str, str, tuple[int, int]]]:

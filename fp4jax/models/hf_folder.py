@@ -84,11 +84,13 @@ def open_folder(path: str | os.PathLike, dtype: str) -> Folder:
     config = None
     if isinstance(content, str):
         problems.insert(0, content)
-    elif content.get("model_type") not in ARCHITECTURES:
+    elif not isinstance(content.get("model_type"), str) or content["model_type"] not in ARCHITECTURES:
         known = ", ".join(map(repr, ARCHITECTURES))
         problems.insert(0, f"model_type {content.get('model_type')!r} in {CONFIG}, supported: {known}")
     else:
         config, found = ARCHITECTURES[content["model_type"]].read(content, dtype)
+        if config is not None and tensors and config.num_layers > len(tensors):
+            found.append(f"{config.num_layers:,} layers in {len(tensors):,} tensors")
         problems = found + problems
         if "quantization_config" in content:
             problems += nvfp4_layout.config_problems(content["quantization_config"])

@@ -73,9 +73,11 @@ class Architecture:
             for key, value in {**self.fixed, **_CHECKED}.items()
             if content.get(key, value) not in (value, None)
         ]
-        others = sorted(set(content.get("layer_types") or ()) - {"full_attention"})
+        layers = content.get("layer_types") or []
+        others = [layer for layer in layers if layer != "full_attention"] if isinstance(layers, list) else [layers]
         if others:
-            problems.append(f"layer_types has {', '.join(map(repr, others))}, supported: 'full_attention'")
+            shown = sorted({repr(layer) for layer in others})
+            problems.append(f"layer_types has {', '.join(shown)}, supported: 'full_attention'")
         theta, rope_problems = _read_rope(content)
         values: dict[str, Any] = {"rope_theta": theta}
         kinds = {field.name: field.type for field in dataclasses.fields(self.config)}

@@ -176,10 +176,10 @@ def _from_folder(path: str | os.PathLike, dtype: str) -> LoadedModel:
 
 
 def _from_run(path: str | os.PathLike, dtype: str) -> LoadedModel:
-    run = saved_run.read_run_config(path)
+    step, run = saved_run.read_saved(path)
     config = saved_run.model_config(run, dtype)
     params = saved_run.read_parameters(path, parameter_shapes(config))
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = saved_run.run_tokenizer(path, step, run.data.tokenizer)
     rest = {"max_position_embeddings": run.seq_len, "eos_token_id": tokenizer.end_of_text}
     return LoadedModel(config, params, tokenizer, Origin(rest, _tokenizer_files(tokenizer)))
 

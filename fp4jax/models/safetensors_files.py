@@ -15,6 +15,8 @@ import numpy as np
 import safetensors
 from jaxtyping import Shaped
 
+from fp4jax.data.json_files import parse_json
+
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -24,6 +26,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+_LONGEST_NAME = 100
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """How files end that are read by running them as a program; none of them is opened."""
 
@@ -65,9 +68,11 @@ def _file_names(folder: pathlib.Path) -> tuple[list[str], list[str]]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             return [], [f"{INDEX} has no weight_map from tensors to files"]
         names = sorted(set(weight_map.values()))
-        outside = [name for name in names if pathlib.PurePath(name).name != name]
+        outside = [name for name in names if pathlib.PurePath(name).name != name or len(name) > _LONGEST_NAME]
         missing = [name for name in names if name not in outside and not (folder / name).is_file()]
-        problems = [f"{INDEX} names {name!r}, which is no file of the folder" for name in [*outside, *missing]]
+        problems = [
+            f"{INDEX} names {name[:_LONGEST_NAME]!r}, which is no file of the folder" for name in [*outside, *missing]
+        ]
         return [name for name in names if name not in (*outside, *missing)], problems
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE], []
@@ -96,7 +101,7 @@ def _open(path: pathlib.Path) -> dict[str, StoredTensor]:
 def read_json(path: pathlib.Path) -> dict | str:
     """The object in a JSON file, or what is wrong with the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     except ValueError as error:

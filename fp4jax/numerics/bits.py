@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Integer, Key, UInt32
 
+from fp4jax.numerics.blocks import Shape, Size
+
 SCALES = 0x5CA1E  # the stream of block scales inside the stream of the elements they scale
 
 _WEYL = 0x9E3779B9
@@ -85,7 +87,7 @@ def signs(words: UInt32[Array, "2"], size: int) -> Float32[Array, " size"]:
 
 
 def matrix_draws(
-    words: UInt32[Array, "2"], shape: tuple[int, ...], batch_dims: int, counted_shape: tuple[int, ...] | None = None
+    words: UInt32[Array, "2"], shape: Shape, batch_dims: int, counted_shape: Shape | None = None
 ) -> UInt32[Array, "*shape"]:
     """Draws for an array of matrices: `batch_dims` leading axes count matrices, the last axis is the column, the axes
     between them count rows in row-major order.
@@ -111,5 +113,10 @@ def _iota(shape, axis):
 def _row_major(shape, counted_shape, start, stop):
     index = jnp.zeros([1] * len(shape), jnp.uint32)
     for axis in range(start, stop):
-        index = index * jnp.uint32(counted_shape[axis] % 2**32) + _iota(shape, axis)
+        index = index * _counter(counted_shape[axis]) + _iota(shape, axis)
     return index
+
+
+def _counter(size: Size) -> UInt32[Array, ""]:
+    """A size modulo 2^32; under `jax.export` it may be a symbol, which is an int32 when the program runs."""
+    return jnp.uint32(size % 2**32) if isinstance(size, int) else jnp.asarray(size).astype(jnp.uint32)

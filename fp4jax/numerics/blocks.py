@@ -4,11 +4,18 @@ Blocked axes are negative numbers. An array with axes [..., n, ...] in blocks of
 [..., n / b, b, ...]; what belongs to a block has size 1 in place of b.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float32
 
+Size = Any
+"""An int. Under `jax.export` it may be a symbolic dimension, whose class JAX keeps to itself."""
+Shape = tuple[Size, ...]
 
-def blocked_shape(shape: tuple[int, ...], axes: tuple[int, ...], block: int) -> tuple[int, ...]:
+
+def blocked_shape(shape: Shape, axes: tuple[int, ...], block: int) -> Shape:
     """`shape` with every axis of `axes` split into (blocks, block)."""
     new_shape = []
     for axis, size in enumerate(shape):
@@ -24,13 +31,18 @@ def inner_axes(rank: int, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 def pad_to_blocks(x: Float32[Array, "..."], axes: tuple[int, ...], multiple: int) -> Float32[Array, "..."]:
     """Zeros behind the end of every axis of `axes` up to a multiple."""
-    widths = [(0, -size % multiple if axis - x.ndim in axes else 0) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+    widths = [whole(size, multiple) - size if axis - x.ndim in axes else 0 for axis, size in enumerate(x.shape)]
+    if all(isinstance(width, int) and width == 0 for width in widths):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, width, 0) for width in widths])
 
 
-def over_blocks(
-    outer: Float32[Array, "..."], shape: tuple[int, ...], axes: tuple[int, ...], block: int
-) -> Float32[Array, "..."]:
+def whole(size: Size, multiple: int) -> Size:
+    """The next multiple, in a form that JAX simplifies for symbolic dimensions where it is subtracted or halved."""
+    return -(-size // multiple) * multiple
+
+
+def over_blocks(outer: Float32[Array, "..."], shape: Shape, axes: tuple[int, ...], block: int) -> Float32[Array, "..."]:
     """What belongs to a matrix, a vector or several blocks, shaped to meet what belongs to each block.
 
     Args:
@@ -39,6 +51,11 @@ def over_blocks(
     """
     new_shape = []
     for axis, size in enumerate(outer.shape):
+        if axis - len(shape) in axes and not isinstance(size, int):
+            raise ValueError(
+                "a scale for several blocks along an axis whose size is a symbol (jax.export) is not supported: export "
+                "with fixed sizes, or under a recipe whose formats have no such scale"
+            )
         if axis - len(shape) in axes and size > 1:
             blocks = shape[axis] // block
             outer = jnp.repeat(outer, blocks // size, axis=axis)

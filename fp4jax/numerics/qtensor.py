@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
 from fp4jax.numerics import formats, rounding
+from fp4jax.numerics.blocks import Shape, Size
 
 
 @jax.tree_util.register_dataclass
@@ -41,10 +42,10 @@ class QTensor:
     amax: Float32[Array, "..."] | None
     format: formats.Format = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
-    blocked: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
+    blocked: tuple[tuple[int, Size], ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def padded_shape(self) -> tuple[int, ...]:
+    def padded_shape(self) -> Shape:
         """Shape in whole blocks."""
         shape = list(self.codes.shape)
         if self.format.packs:
@@ -52,7 +53,7 @@ class QTensor:
         return tuple(shape)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """Logical shape, without padding."""
         shape = list(self.padded_shape)
         for axis, size in self.blocked:

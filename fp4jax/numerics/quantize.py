@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
 from fp4jax.numerics import bits, formats, rounding
-from fp4jax.numerics.blocks import blocked_shape, inner_axes, over_blocks, pad_to_blocks
+from fp4jax.numerics.blocks import Shape, blocked_shape, inner_axes, over_blocks, pad_to_blocks
 from fp4jax.numerics.eden import corrected_scales
 from fp4jax.numerics.formats import Extent, Format, Rounding, ScaleRounding
 from fp4jax.numerics.qtensor import QTensor
@@ -137,7 +137,7 @@ def quantize_blocks(
     )
 
 
-def _encode(scaled, format: Format, words, batch_dims: int, logical: tuple[int, ...]):
+def _encode(scaled, format: Format, words, batch_dims: int, logical: Shape):
     if words is None:
         return rounding.encode_nearest(scaled, format.element)
     draws = bits.matrix_draws(words, scaled.shape, batch_dims, tuple(logical))

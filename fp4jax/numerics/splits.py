@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
+from fp4jax.numerics.blocks import Shape
+
 
 def column_mean(
     x: Float[Array, "*shape"], axes: tuple[int, ...], row_mask: Bool[Array, "*rows"] | None = None
@@ -25,7 +27,7 @@ def column_mean(
     return total / jnp.where(total != 0, row_count(x.shape, axes, row_mask), np.float32(1))
 
 
-def row_count(shape: tuple[int, ...], axes: tuple[int, ...], row_mask=None) -> Float32[Array, "..."]:
+def row_count(shape: Shape, axes: tuple[int, ...], row_mask=None) -> Float32[Array, "..."]:
     """Number of real rows along `axes` (at least 1 where a mask is given), broadcastable to the mean."""
     if row_mask is None:
         count = 1

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32, PyTree
 
+from fp4jax.data.json_files import read_objects
+
 FILE = "events.jsonl"
 
 NEAR = 10
@@ -111,9 +113,9 @@ class EventLog:
 
 
 def read_events(workdir: Path) -> list[dict]:
-    """The objects of `events.jsonl`, oldest first; a line that a killed run left unfinished is left out."""
-    path = Path(workdir) / FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The objects of `events.jsonl`, oldest first; a line that a killed run left unfinished is left out.
+
+    Raises:
+      ValueError: another line is damaged; names it.
+    """
+    return read_objects(Path(workdir) / FILE, {"event": str, "after": int})

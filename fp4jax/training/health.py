@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32
 
+from fp4jax import distributed
 from fp4jax.statistics import FORWARD_STATISTICS, GRADIENT_STATISTICS
 from fp4jax.training.mesh import BATCH, replicated
 from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.state import ModelTemplate, Parameters, TrainState, model_template, on_mesh
-from fp4jax.training.step import Batch, loss_and_gradients, training_key
+from fp4jax.training.step import Batch, KeyData, Seeded, loss_and_gradients, training_key
 
 OPERANDS = ("fprop.x", "dgrad.g", "wgrad.x", "fprop.w", "dgrad.w", "wgrad.g")  # the left ones, then the right ones
 WGRAD = "wgrad"
@@ -71,8 +72,8 @@ def make_health_step(
     """Returns the jitted (params, steps done, batch) -> HealthSums."""
     exact_template = model_template(_in_high_precision(config))
 
-    def health_step(params: Parameters, step: Int32[Array, ""], batch: Batch) -> HealthSums:
-        key = training_key(config, step)
+    def health_step(params: Parameters, step: Int32[Array, ""], batch: Batch, key_data: KeyData) -> HealthSums:
+        key = training_key(key_data, step)
         probes = template.merge(params).probes()
         loss, gradients, (forward, backward), _ = loss_and_gradients(
             config.microbatches, template, mesh, params, batch, key, probes
@@ -84,8 +85,9 @@ def make_health_step(
         everything = sum(_compare(gradients[name], exact[name]) for name in sorted(gradients))
         return HealthSums(forward, backward, comparison, everything, loss, exact_loss)
 
-    in_shardings = (template.shardings(mesh), replicated(mesh), NamedSharding(mesh, BATCH))
-    return on_mesh(jax.jit(health_step, in_shardings=in_shardings, out_shardings=replicated(mesh)), mesh)
+    in_shardings = (template.shardings(mesh), replicated(mesh), NamedSharding(mesh, BATCH), replicated(mesh))
+    jitted = jax.jit(health_step, in_shardings=in_shardings, out_shardings=replicated(mesh))
+    return on_mesh(Seeded(distributed.together(jitted), config.seed), mesh)
 
 
 def _in_high_precision(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

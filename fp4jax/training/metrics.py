@@ -11,6 +11,8 @@ from pathlib import Path
 
 import tensorboardX
 
+from fp4jax.data.json_files import read_objects
+
 FILE = "metrics.jsonl"
 HEALTH_FILE = "health.jsonl"
 
@@ -74,12 +76,12 @@ def read_metrics(workdir: Path, file: str = FILE) -> list[dict]:
     """Returns the objects of `metrics.jsonl`, or of HEALTH_FILE, oldest first; none without a file.
 
     A last line that a killed run left unfinished is not a step that was logged: it is left out.
+
+    Raises:
+      ValueError: another line is damaged; names it.
     """
     path = Path(workdir) / file
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_objects(path, {"step": int})
 
 
 def _drop_after(path: Path, step: int) -> None:

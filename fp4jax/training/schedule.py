@@ -15,7 +15,7 @@ from fractions import Fraction
 import ml_collections
 
 from fp4jax import models
-from fp4jax.config import ConfigError, default_config
+from fp4jax.config import ConfigError, config_from
 from fp4jax.policy import RUN_RECIPE, self_contained
 from fp4jax.recipes import recipe
 
@@ -149,6 +149,4 @@ def _check_recipe(name: str, where: str) -> None:
 
 def recipe_at(saved: Mapping | ml_collections.ConfigDict, step: int) -> str:
     """The recipe that optimizer step `step` of a run with this configuration was trained with."""
-    config = default_config()
-    config.update(saved)
-    return phase_at(phases(config), step).recipe
+    return phase_at(phases(config_from(saved)), step).recipe

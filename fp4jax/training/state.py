@@ -141,11 +141,10 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
     """Returns the function with `mesh` as the ambient mesh, which bare PartitionSpecs in the model refer to."""
-    run = distributed.together(function)
 
     @functools.wraps(function)
     def call(*args: object) -> object:
         with jax.set_mesh(mesh):
-            return run(*args)
+            return function(*args)
 
     return call

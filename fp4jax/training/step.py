@@ -4,16 +4,18 @@ Every draw is a function of (seed, step, microbatch) and of what the model folds
 the uninterrupted one bit for bit.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int32, PyTree
+from jaxtyping import Array, Float32, Int32, PyTree, UInt32
 
-from fp4jax import models
+from fp4jax import distributed, models
 from fp4jax.statistics import Monitor
 from fp4jax.training.divergence import finite_or_former
 from fp4jax.training.mesh import BATCH, replicated
@@ -30,6 +32,33 @@ from fp4jax.training.state import (
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+KeyData = UInt32[Array | np.ndarray, "..."]
+"""The words of a random key."""
+
+
+class Seeded:
+    """A jitted function whose last argument, the words of the key of `seed`, is bound to it.
+
+    As an argument of the program, where it could be a constant, the key lets runs with other seeds find the program of
+    the first one in the compilation cache. The methods are those of what `jax.jit` returns.
+    """
+
+    def __init__(self, jitted: Callable, seed: int):
+        functools.update_wrapper(self, jitted)
+        self._jitted = jitted
+        self._key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+    def __call__(self, *args: object) -> object:
+        return self._jitted(*args, self._key_data)
+
+    def trace(self, *args: object) -> jax.stages.Traced:
+        return self._jitted.trace(*args, self._key_data)
+
+    def lower(self, *args: object) -> jax.stages.Lowered:
+        return self._jitted.lower(*args, self._key_data)
+
+    def _cache_size(self) -> int:
+        return self._jitted._cache_size()
 
 
 def split_batch(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
@@ -58,8 +87,8 @@ def make_train_step(
     """
     schedule = learning_rate_schedule(config)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = training_key(config, state.step)
+    def train_step(state: TrainState, batch: Batch, key_data: KeyData) -> tuple[TrainState, Metrics]:
+        key = training_key(key_data, state.step)
         loss, gradients, _, routing = loss_and_gradients(config.microbatches, template, mesh, state.params, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -81,11 +110,11 @@ def make_train_step(
     shardings = state_shardings(template, optimizer, mesh)
     jitted = jax.jit(
         train_step,
-        in_shardings=(shardings, NamedSharding(mesh, BATCH)),
+        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    return on_mesh(jitted, mesh)
+    return on_mesh(Seeded(distributed.together(jitted), config.seed), mesh)
 
 
 def abstract_train_step(
@@ -104,9 +133,9 @@ def abstract_train_step(
         return step, sharded_abstract_state(template, optimizer, mesh), batch
 
 
-def training_key(config: ml_collections.ConfigDict, step: Int32[Array, ""]) -> jax.Array:
-    """The key of all draws of the step that follows `step` steps."""
-    return jax.random.fold_in(jax.random.key(config.seed), step)
+def training_key(key_data: KeyData, step: Int32[Array, ""]) -> jax.Array:
+    """The key of all draws of the step that follows `step` steps, in a run with this key."""
+    return jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
 
 
 def loss_and_gradients(
@@ -165,11 +194,11 @@ def make_loss_step(
     A recipe whose forward rounds stochastically (`+sr_all`) draws from `config.seed`; the others draw nothing.
     """
 
-    def loss_step(params: Parameters, batch: Batch) -> tuple[Array, Array]:
-        key = jax.random.key(config.seed)
+    def loss_step(params: Parameters, batch: Batch, key_data: KeyData) -> tuple[Array, Array]:
+        key = jax.random.wrap_key_data(key_data)
         total, count = models.loss(template.merge(params), batch, key=key, weights=None)
         return jnp.asarray(total, jnp.float32), jnp.asarray(count, jnp.float32)
 
-    in_shardings = (template.shardings(mesh), NamedSharding(mesh, BATCH))
+    in_shardings = (template.shardings(mesh), NamedSharding(mesh, BATCH), replicated(mesh))
     jitted = jax.jit(loss_step, in_shardings=in_shardings, out_shardings=replicated(mesh))
-    return on_mesh(jitted, mesh)
+    return on_mesh(Seeded(distributed.together(jitted), config.seed), mesh)

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from fp4jax import distributed, models
 from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
-from fp4jax.config import default_config
+from fp4jax.config import config_from
 from fp4jax.config_checks import validate
 from fp4jax.evaluation import EvaluationResult, evaluate
+from fp4jax.models.saved_run import run_tokenizer
 from fp4jax.training.compilation import enable_compilation_cache
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.schedule import recipe_at, settle
@@ -124,6 +125,7 @@ def evaluate_workdir(
     """
     run = restore_run(workdir, recipe_name, batches=batches)
     config, mesh = run.config, run.mesh
+    run_tokenizer(workdir, run.step, config.data.tokenizer)
     dataset = open_share(config, "validation", mesh)
     with contextlib.closing(dataset.batches()) as iterator:
         on_devices = (put_batch(batch, mesh) for batch in iterator)
@@ -139,8 +141,7 @@ def _evaluation_config(
     saved: dict, changes: dict[str, str], batch_size: int | None, batches: int | None
 ) -> ml_collections.ConfigDict:
     """The trained configuration with `changes`, without its schedule, on as many of this machine's devices as fit."""
-    config = default_config()
-    config.update(saved)
+    config = config_from(saved)
     config.update(changes)
     config.schedule = ""
     config = settle(config)

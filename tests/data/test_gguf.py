@@ -27,11 +27,11 @@ def tokenizer(path):
 
 def test_a_file_holds_metadata_and_tensors(path):
     file = GGUFFile(path)
-    assert file["general.architecture"] == "llama" and "general.name" not in file
+    assert file.value("general.architecture", str) == "llama" and "general.name" not in file
     assert file.shapes == {"a.weight": (7,)}
     np.testing.assert_array_equal(file.tensor("a.weight"), VECTOR)
     with pytest.raises(DataError, match=r"some\.gguf has no 'general\.name'"):
-        file["general.name"]
+        file.value("general.name", str)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 12, 300, 3000, -20], ids=lambda kept: f"first {kept} bytes")
@@ -70,7 +70,7 @@ def test_the_tokenizer_gives_every_text_back(tokenizer, text):
 
 
 def test_the_tokenizer_merges_splits_digits_and_reads_special_names_as_text(tokenizer, path):
-    tokens = GGUFFile(path)["tokenizer.ggml.tokens"]
+    tokens = GGUFFile(path).value("tokenizer.ggml.tokens", list[str])
     assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.name) == (280, 0, str(path))
     assert [tokens[i] for i in tokenizer.encode("hell the 1212")] == ["hel", "l", "Ġt", "he", "Ġ", "1", "2", "1", "2"]
     assert tokenizer.end_of_text not in tokenizer.encode("<|endoftext|>")

@@ -233,6 +233,7 @@ def test_a_corpus_too_small_for_one_row(write_shard, data_config):
         ({"seed": 1}, "other data or settings .seed 1 → 0"),
         ({"batch_size": 8, "seq_len": 32}, "seq_len 32 → 16, batch_size 8 → 4"),
         ({"corpus": "0"}, "corpus '0' → "),
+        ({"tokenizer": "0"}, "tokenizer '0' → "),
         ({"next_batch": -1}, "position -1 is outside"),
         ({"next_batch": "1"}, "position '1' is outside"),
         ({"more": 1}, "was not made by this data pipeline"),
@@ -243,6 +244,14 @@ def test_a_position_elsewhere_is_refused(open_split, change, message):
     state = dataset.batches().get_state()
     with pytest.raises(DataError, match=message):
         dataset.batches(state | change)
+
+
+def test_a_position_from_before_positions_named_their_tokenizer_is_taken(open_split):
+    dataset = open_split()
+    iterator = dataset.batches()
+    next(iterator)
+    former = {key: value for key, value in iterator.get_state().items() if key != "tokenizer"}
+    assert dataset.batches(former).get_state() == iterator.get_state()
 
 
 def test_a_position_after_the_last_validation_batch(open_split):

@@ -4,6 +4,8 @@ import gzip
 import io
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import zstandard
@@ -147,3 +149,48 @@ def test_nothing_to_read(tree, tmp_path, source, message):
     with pytest.raises(DataError, match=message) as raised:
         find_shards(str(tmp_path / source))
     assert "\n" not in str(raised.value)
+
+
+def test_a_line_over_the_limit_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("fp4jax.data.shards.MAX_LINE_BYTES", 3 * READ_BYTES)
+    shard = tmp_path / "a.jsonl.gz"
+    shard.write_bytes(gzip.compress(b"a\n" + b"b" * (10 * READ_BYTES) + b"\n" + b"c" * (3 * READ_BYTES) + b"\nd"))
+    lines = list(read_lines(shard))
+    assert [len(line) for line in lines] == [1, 3 * READ_BYTES + 1, 3 * READ_BYTES, 1]
+    shard.write_bytes(gzip.compress(b"b" * (10 * READ_BYTES)))
+    assert [len(line) for line in read_lines(shard)] == [3 * READ_BYTES + 1]
+
+
+@pytest.mark.parametrize(("name", "encode"), [("bomb.jsonl.zst", compress), ("bomb.jsonl.gz", gzip.compress)])
+def test_a_decompression_bomb(tmp_path, monkeypatch, name, encode):
+    monkeypatch.setattr("fp4jax.data.shards.RATIO_FROM_BYTES", 1 << 20)
+    shard = tmp_path / name
+    shard.write_bytes(encode(bytes(1 << 20)))
+    assert sum(map(len, read_lines(shard))) == 1 << 20  # small enough to be let through
+    shard.write_bytes(encode(b"\n" * (4 << 20)))
+    with pytest.raises(
+        DataError, match=r"bomb\.jsonl.* is a decompression bomb: [\d,]+ bytes give over [\d,]+, and 200"
+    ):
+        list(read_lines(shard))
+
+
+PEAK = """
+import pathlib, resource, sys
+from fp4jax.data.shards import read_lines
+try:
+    list(read_lines(pathlib.Path(sys.argv[1])))
+except ValueError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded_whatever_a_shard_holds(tmp_path):
+    """4 GiB in one line, which zstd stores in 131 kB."""
+    compressor, shard = zstandard.ZstdCompressor(), tmp_path / "a.jsonl.zst"
+    shard.write_bytes(b"".join([compressor.compress(bytes(1 << 28))] * 16))
+    run = subprocess.run([sys.executable, "-c", PEAK, shard], capture_output=True, text=True, check=True)
+    message, megabytes = run.stdout.splitlines()
+    assert "is a decompression bomb" in message
+    assert int(megabytes) < 700

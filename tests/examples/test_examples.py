@@ -1,6 +1,7 @@
 """The examples as shipped, on models of other packages: the loss falls, every linear layer and nothing else is FP4."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import fp4jax
 
+GEMMS = "fprop", "dgrad", "wgrad"
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = [
     pytest.mark.peer,
@@ -45,6 +47,42 @@ def falls(losses):
     return len(losses) == 20 and losses[-1] < 0.5 * losses[0]
 
 
+@pytest.fixture
+def reports(monkeypatch):
+    """The reports that an example makes."""
+    made, report = [], fp4jax.report
+
+    def recording(*args, **kwargs):
+        made.append(report(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(fp4jax, "report", recording)
+    return made
+
+
+def matrices(params, prefix: str) -> set[str]:
+    """The paths of all parameters of two axes or more, as a report writes them."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {".".join([prefix, *(str(key.key) for key in path)]) for path, leaf in leaves if leaf.ndim >= 2}
+
+
+def test_gemma_transformer(capsys, reports):
+    module = example("gemma_transformer", "gemma")
+    model, layers, losses = module.main()
+    assert falls(losses)
+    assert "30 of 45 products" in capsys.readouterr().out
+    plain = module.gm.nn.Transformer(config=module.CONFIG, dtype=jnp.float32)
+    variables = plain.init(jax.random.key(0), module.TOKENS)
+    weights = matrices(variables["params"], "state.params") - {"state.params.embedder.input_embedding"}
+    assert len(weights) == 2 * 5
+    (report,) = reports
+    assert {(row.layer, row.gemm) for row in report.fp4} == set(itertools.product(weights, GEMMS))
+    assert all(row.count == 1 and row.recipe == "averis" for row in report.fp4)
+    forward = jax.make_jaxpr(model.apply)(variables, module.TOKENS)
+    # Two products of attention a block and the head, which is the embedding, stay.
+    assert count(forward.jaxpr) == {"quantized": 2 * 5, "other": 2 * 2 + 1}
+
+
 def test_tunix_qwen3(capsys):
     nnx = pytest.importorskip("flax.nnx")
     module = example("tunix_qwen3", "tunix")
@@ -72,6 +110,24 @@ def test_flax_mnist(capsys):
     assert {path: recipe.name for path, recipe in layers.items()} == {
         "Dense_0": "averis", "Dense_1": "averis", "Dense_2": "bf16",
     }  # fmt: skip
+
+
+def test_equinox_refuses_with_the_cure():
+    eqx = pytest.importorskip("equinox")
+    quantize = fp4jax.equinox.quantize
+    model = eqx.nn.MLP(16, 16, width_size=16, depth=1, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="rule 'mlp' matches none of the 2 linear layers, for example 'layers.0'"):
+        quantize(model, fp4jax.Policy.of(("mlp", "averis")))
+    with pytest.raises(ValueError, match="Dropout has no linear layer"):
+        quantize(eqx.nn.Dropout(0.5), "averis")
+    with pytest.raises(ValueError, match="layers.0 is quantized already: quantize the model as it was"):
+        quantize(quantize(model, "nvfp4"), "averis")
+
+    def loss(model, x):
+        return jnp.sum(jax.vmap(quantize(model, "averis"))(x))
+
+    with pytest.raises(ValueError, match="averis rounds gradients stochastically: pass key"):
+        eqx.filter_eval_shape(eqx.filter_grad(loss), model, jnp.ones((32, 16)))
 
 
 def test_equinox_mlp(capsys):

@@ -4,6 +4,7 @@ FP4JAX_FUZZ_EXAMPLES sets how many are tried.
 """
 
 import functools
+import inspect
 import os
 
 import jax
@@ -47,3 +48,31 @@ def test_shape_and_dtype_are_those_of_lax(product, recipe, preferred):
     expected = jax.eval_shape(lambda x, w: theirs(x, w, numbers), lhs, rhs)
     found = jax.eval_shape(lambda x, w: ours(x, w, numbers), lhs, rhs)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+NUMBERS = st.lists(st.integers(-1, 3), max_size=2).map(tuple)
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 16]), max_size=3).map(tuple)
+DTYPES = st.sampled_from([*FLOATS, jnp.int32, jnp.bool_, jnp.uint8])
+
+
+@fuzz
+@given(SHAPES, SHAPES, DTYPES, DTYPES, st.tuples(NUMBERS, NUMBERS), st.tuples(NUMBERS, NUMBERS), RECIPES)
+def test_whatever_lax_refuses_is_refused_in_one_line(lhs, rhs, dtype, other, contracted, batch, recipe):
+    x, w = jax.ShapeDtypeStruct(lhs, dtype), jax.ShapeDtypeStruct(rhs, other)
+    numbers = (contracted, batch)
+    try:
+        expected = jax.eval_shape(functools.partial(jax.lax.dot_general, dimension_numbers=numbers), x, w)
+    except (TypeError, ValueError):
+        expected = None
+    unchecked = inspect.unwrap(dot_general)  # without the type checker of the tests, which would raise first
+    call = functools.partial(unchecked, dimension_numbers=numbers, recipe=recipe, key=jax.random.key(0))
+    try:
+        found = jax.eval_shape(call, x, w)
+    except (TypeError, ValueError) as error:  # TypeError: lax's own
+        assert "\n" not in str(error)
+        floats = jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(other, jnp.floating)
+        # What lax takes and we do not: integers, and axes without an element.
+        assert expected is None or not floats or not x.size or not w.size
+    else:
+        assert expected is not None
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)

@@ -132,7 +132,7 @@ def folder_of(tmp_path, name=LLAMA, **changes):
         (["--recipe=nvfp4"], "--recipe=nvfp4: the weights of --format=safetensors are not quantized"),
         (["--format=nvfp4", "--recipe=bf16"], "the recipe quantizes no linear layer: choose one with --recipe=nvfp4"),
         (["--format=nvfp4", "--recipe=mxfp4"], "weights under recipe 'mxfp4' are MXFP4"),
-        (["--format=nvfp4", "--recipe=metis"], "weights under recipe 'metis' are NVFP4"),
+        (["--format=nvfp4", "--recipe=metis"], "; these can be: nvfp4, nvfp4_hadamard, four_over_six, averis, "),
         (["--format=nvfp4", "--recipe=averiz"], "unknown recipe 'averiz'"),
         (["--fromat=nvfp4"], "unrecognized arguments: --fromat=nvfp4"),
     ],

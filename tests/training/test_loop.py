@@ -121,6 +121,21 @@ def test_done_then_more_steps_then_another_config_then_evaluation(config, tmp_pa
         evaluate_workdir(tmp_path, "bf17")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ternary", "ternary_absmean"])
+def test_ternary_weights_train_and_evaluate(config, tmp_path, recipe):
+    config.recipe = recipe
+    run(config, tmp_path)
+    lines = read_metrics(tmp_path)
+    losses = [line["loss"] for line in lines]
+    assert losses[-1] < losses[0] - 0.01
+    evaluation = evaluate_workdir(tmp_path)
+    assert (evaluation.recipe, evaluation.trained_with) == (recipe, recipe)
+    assert evaluation.result.loss == pytest.approx(lines[-1]["validation_loss"], rel=1e-6)
+    # The master weights are another model than the ternary ones that were trained.
+    assert abs(evaluate_workdir(tmp_path, "bf16").result.loss - evaluation.result.loss) > 1e-4
+
+
 def test_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e30, 0
     config.checkpoint.every = 1

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fp4jax.training.health import make_health_step
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fp4jax.training.state import TrainState, create_state, model_template, on_mesh
@@ -36,10 +37,13 @@ def test_fp4_steps(averis_config, batch):
     config = averis_config
     mesh, template, optimizer, first = prepared(config)
     step = make_train_step(config, template, optimizer, mesh)
-    copies = [jax.tree.map(jnp.copy, first) for _ in range(3)]
+    copies = [jax.tree.map(jnp.copy, first) for _ in range(4)]
     copies[2] = TrainState(jax.device_put(jnp.int32(1), first.step.sharding), copies[2].params, copies[2].opt_state)
-    repeated = [float(step(copy, put_batch(batch, mesh))[1]["grad_norm"]) for copy in copies]
-    assert repeated[0] == repeated[1] != repeated[2]
+    repeated = [float(step(copy, put_batch(batch, mesh))[1]["grad_norm"]) for copy in copies[:3]]
+    config.seed += 1  # which finds the program in the compilation cache
+    other_seed = make_train_step(config, template, optimizer, mesh)
+    repeated.append(float(other_seed(copies[3], put_batch(batch, mesh))[1]["grad_norm"]))
+    assert repeated[0] == repeated[1] not in repeated[2:]
 
     state, losses, rates = first, [], []
     for _ in range(4):
@@ -52,6 +56,23 @@ def test_fp4_steps(averis_config, batch):
     assert int(state.step) == 4
     assert losses[-1] < losses[0] - 0.01
     np.testing.assert_allclose(rates, [float(learning_rate_schedule(config)(i)) for i in range(4)], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_runs_with_other_seeds_are_the_same_programs(config, batch):
+    """Every draw of the recipe depends on the seed, which is an argument."""
+    config.recipe, config.model.num_layers, config.microbatches = "nvfp4+sr_all", 1, 2
+    mesh, template, optimizer, state = prepared(config)
+    programs = []
+    for config.seed in (0, 3):
+        steps = (
+            (make_train_step(config, template, optimizer, mesh), (state, batch)),
+            (make_loss_step(config, template, mesh), (state.params, batch)),
+            (make_health_step(config, template, mesh), (state.params, state.step, batch)),
+        )
+        with jax.set_mesh(mesh):
+            programs.append([step.__wrapped__.lower(*arguments).as_text() for step, arguments in steps])
+    assert programs[0] == programs[1]
 
 
 def test_loss_is_the_mean_over_real_tokens(config, batch):

@@ -12,5 +12,6 @@ Closed forms, float64, on numbers or arrays; an argument out of range is a Value
     finite_width    what a finite width does to all that
 
 Experiments: `simulation` draws, `estimates` averages, `experiments` makes tables of it, `paper` holds the paper's
-numbers; `figures` plots tables. `python -m fp4jax.analyze geometry` runs everything.
+numbers; `real_model`, `column_flips` and `real_tables` do the same for a trained model; `figures` and `real_figures`
+plot tables. `python -m fp4jax.analyze geometry` runs everything.
 """

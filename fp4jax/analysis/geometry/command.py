@@ -20,6 +20,7 @@ from fp4jax.analysis.geometry.tables import Grid, Table, render
 from fp4jax.cli import Parser, output_folder
 
 JUDGED_BY = 3.0  # standard errors
+_ROWS, _TOKENS = 4, 256  # of text, for a model
 _BRIDGED = ("nvfp4", "averis", "ternary")  # the recipes, with those that begin with such a name, of the bridge
 
 
@@ -55,19 +56,32 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--out", type=Path, default=Path("runs/geometry"), help="folder for the JSON and the figures")
     parser.add_argument("--seed", type=int, default=0, help="of all experiments, at least 0")
     parser.add_argument(
-        "--model", nargs="?", const="smollm2-135m", help="a .gguf file or smollm2-135m: measure this model instead"
+        "--model",
+        nargs="?",
+        const="smollm2-135m",
+        help="measure this dense model instead: smollm2-135m, a .gguf file, a Hugging Face folder or a run's workdir",
     )
     parser.add_argument("--text", type=Path, help="a UTF-8 text to measure the model on; by default held-out text")
-    parser.add_argument("--rows", type=int, default=4, help="rows of text")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens a row")
+    parser.add_argument("--rows", type=int, help=f"rows of text; by default {_ROWS}")
+    parser.add_argument("--tokens", type=int, help=f"tokens a row; by default {_TOKENS}")
     parser.add_argument("--recipes", help="of the bridge, with commas; by default nvfp4, averis and ternary ones")
     options = parser.parse_args(list(arguments))
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed must be in [0, 2**32), got {options.seed}")
+    of_a_model = {name: getattr(options, name) for name in ("text", "rows", "tokens", "recipes")}
+    given = [f"--{name}" for name, value in of_a_model.items() if value is not None]
+    if given and not options.model:
+        parser.error(f"{', '.join(given)}: of a model's measurement; add --model")
+    options.rows = _ROWS if options.rows is None else options.rows
+    options.tokens = _TOKENS if options.tokens is None else options.tokens
     if options.rows < 1 or options.tokens < 2:
         parser.error(f"--rows must be at least 1 and --tokens at least 2, got {options.rows} and {options.tokens}")
-    if not options.model and (options.text or options.recipes):
-        parser.error("--text and --recipes are of a model: add --model")
+    options.recipes = _bridged() if options.recipes is None else options.recipes.split(",")
+    if len(set(options.recipes)) < len(options.recipes):
+        parser.error(f"--recipes={','.join(options.recipes)} names a recipe twice")
+    for name in options.recipes:
+        if recipes.recipe(name).forward_draws:
+            parser.error(f"--recipes: {name} draws random bits in the forward; the bridge has none")
     return options
 
 
@@ -79,18 +93,16 @@ def _of_theory(options: Any) -> Iterator[Table]:
 
 
 def _of_model(options: Any) -> Iterator[Grid]:
+    text = None if options.text is None else _read(options.text)  # before the model, which takes longer
     # Loaded here: the models and the data pipeline take seconds to import, and the theory needs neither.
     from fp4jax.analysis.geometry import real_tables
     from fp4jax.models.pretrained import load_parameters
 
-    names = options.recipes.split(",") if options.recipes else _bridged()
-    for name in names:
-        recipes.recipe(name)  # an unknown one fails before anything is measured
     loaded = load_parameters(options.model)
-    tokens = _tokens(options, loaded.tokenizer)
-    settings = real_tables.RealSettings(options.seed, tuple(names))
+    tokens = _tokens(options, text, loaded.tokenizer)
+    settings = real_tables.RealSettings(options.seed, tuple(options.recipes))
     if options.quick:
-        settings = real_tables.RealSettings(options.seed, tuple(names), (0.001, 0.005, 1.0), 2, 8, 32)
+        settings = real_tables.RealSettings(options.seed, tuple(options.recipes), (0.001, 0.005, 1.0), 2, 8, 32)
     subject = real_tables.Subject.of(str(options.model), loaded, tokens)
     for experiment in real_tables.REAL_EXPERIMENTS:
         yield from experiment(subject, settings)
@@ -100,23 +112,41 @@ def _bridged() -> list[str]:
     return [name for name in recipes.list_recipes() if name in _BRIDGED or name.startswith("ternary")]
 
 
-def _tokens(options: Any, tokenizer: Any) -> Int32[np.ndarray, "B T"]:
-    """Rows of the text: the file's beginning, or the first rows of the held-out text.
+def _read(path: Path) -> str:
+    """The text of a file.
 
     Raises:
-      ValueError: a text that is too short, or not UTF-8.
+      ValueError: it is empty or not UTF-8.
+      OSError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text={path} is not UTF-8 (byte {error.start:,}); convert it") from error
+    except OSError as error:
+        raise OSError(f"--text={path} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise ValueError(f"--text={path} is empty: it must hold at least --rows times --tokens tokens")
+    return text
+
+
+def _tokens(options: Any, text: str | None, tokenizer: Any) -> Int32[np.ndarray, "B T"]:
+    """Rows of tokens: the text's beginning, or the first rows of the held-out text.
+
+    Raises:
+      ValueError: a text that is too short.
     """
     from fp4jax.config import default_config
     from fp4jax.data import held_out_text
 
-    if options.text is None:
+    if text is None:
         data = default_config().data
         return held_out_text(data, tokenizer, seq_len=options.tokens, rows=options.rows).tokens
-    ids, wanted = tokenizer.encode(options.text.read_text(encoding="utf-8")), options.rows * options.tokens
+    ids, wanted = tokenizer.encode(text), options.rows * options.tokens
     if len(ids) < wanted:
         raise ValueError(
-            f"--text={options.text} has {len(ids):,} tokens, {options.rows} rows of {options.tokens} were asked for; "
-            "ask for fewer with --rows and --tokens"
+            f"--text={options.text} must hold at least {wanted:,} tokens, {options.rows} rows of {options.tokens}, and "
+            f"has {len(ids):,}; ask for fewer with --rows and --tokens"
         )
     return np.array(ids[:wanted], np.int32).reshape(options.rows, options.tokens)
 

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import t as student
 
+RESOLVED = 3.0  # standard errors from 0: what a trained model's tables and figures build on
+
 
 @dataclass(frozen=True)
 class Estimate:

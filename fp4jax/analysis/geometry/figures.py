@@ -1,13 +1,14 @@
 """The paper's figures, drawn from finished tables. matplotlib is imported when something is drawn."""
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fp4jax.analysis.geometry import activations, outliers, paper, perturbations, ternary
+from fp4jax.analysis.geometry import activations, outliers, paper, perturbations, real_figures, ternary
 from fp4jax.analysis.geometry.tables import Grid, Row, Table
 
 
@@ -22,7 +23,7 @@ def draw(tables: Sequence[Table | Grid], folder: Path) -> list[Path]:
             continue
         figure, axes = pyplot.subplots(figsize=(6.0, 4.0), layout="constrained")
         _FIGURES[table.name](axes, table)
-        axes.set_title(table.title, fontsize=9)
+        axes.set_title(textwrap.fill(table.title, 80), fontsize=9)
         paths.append(folder / f"{table.name}.png")
         figure.savefig(paths[-1], dpi=150)
         pyplot.close(figure)
@@ -118,7 +119,7 @@ def _activations(axes: Any, table: Table) -> None:
     axes.legend()
 
 
-_FIGURES: dict[str, Callable[[Any, Table], None]] = {
+_FIGURES: dict[str, Callable[[Any, Any], None]] = real_figures.FIGURES | {
     "V1": _ratio,
     "D4": _radial,
     "V2": _depth(paper.DEPTH_PLAIN),

@@ -8,7 +8,7 @@ import numpy as np
 
 from fp4jax.analysis.geometry import ranges
 from fp4jax.analysis.geometry.ranges import Numbers, Values
-from fp4jax.analysis.geometry.relu import flip_error, gate_flip_rate, relu_error
+from fp4jax.analysis.geometry.relu import error_at_angle, flip_error_at_angle, flipped_angle
 
 
 def flipped_set_error(gamma: Numbers) -> Values:
@@ -20,7 +20,7 @@ def flipped_set_error(gamma: Numbers) -> Values:
     Raises:
       ValueError: gamma outside [0, 1].
     """
-    return relu_error(1.0 - 2.0 * ranges.energy_share(gamma))
+    return error_at_angle(flipped_angle(ranges.energy_share(gamma)))
 
 
 def outlier_gate_flip_rate(alpha: Numbers) -> Values:
@@ -38,7 +38,7 @@ def outlier_flip_energy(alpha: Numbers) -> Values:
     Raises:
       ValueError: alpha outside [0, 1].
     """
-    return flip_error(1.0 - 2.0 * ranges.amplitude(alpha) ** 2)
+    return flip_error_at_angle(2.0 * np.arcsin(ranges.amplitude(alpha)))
 
 
 def outlier_flip_energy_leading(alpha: Numbers) -> Values:
@@ -61,7 +61,8 @@ def leverage(alpha: Numbers, n: int) -> Values:
     alpha, n = ranges.amplitude(alpha), ranges.width(n)
     if np.any(alpha == 1.0):
         raise ValueError("alpha must be in [0, 1) here, got 1: the other inputs would have no energy to compare with")
-    return relu_error(1.0 - 2.0 * alpha**2) / relu_error(1.0 - 2.0 * (1.0 - alpha**2) / (n - 1))
+    others = flipped_angle((1.0 - alpha**2) / (n - 1))
+    return error_at_angle(2.0 * np.arcsin(alpha)) / error_at_angle(others)
 
 
 def leverage_leading(alpha: Numbers, n: int) -> Values:
@@ -92,7 +93,7 @@ def column_ratio(gamma: Numbers, fraction: Numbers = 0.05) -> Values:
       ValueError: gamma outside [0, 1), fraction outside (0, 1).
     """
     gamma, f = ranges.energy_share(gamma, below_one=True), ranges.fraction(fraction)
-    return (1.0 - f) / f * relu_error(1.0 - 2.0 * gamma) / relu_error(2.0 * gamma - 1.0)
+    return (1.0 - f) / f * flipped_set_error(gamma) / flipped_set_error(1.0 - gamma)
 
 
 def damage_fraction(gamma: Numbers) -> Values:
@@ -124,4 +125,4 @@ def flipped_set_gate_flip_rate(gamma: Numbers) -> Values:
     Raises:
       ValueError: gamma outside [0, 1].
     """
-    return gate_flip_rate(1.0 - 2.0 * ranges.energy_share(gamma))
+    return flipped_angle(ranges.energy_share(gamma)) / np.pi

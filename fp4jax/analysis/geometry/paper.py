@@ -36,6 +36,9 @@ LEVERAGE = {0.0221: 1.00, 0.024: 1.18, 0.1: 19.98, 0.26: 133.0, 0.5: 538.0}
 COLUMN_FRACTION = 0.05
 COLUMN_RATIO = {0.1: 3.38, 0.3: 10.1, 0.5: 19.0, 0.9: 106.9, 0.99: 991.0}
 
-# TinyLlama-1.1B: NLL leverage of outlier columns at equal flip counts, by flip rate; Spearman of experiments F and G.
-NLL_LEVERAGE = {0.005: 10.4, 0.001: 8.7, 0.0005: 9.5}
+# TinyLlama-1.1B: leverage of outlier columns at equal flip counts, by flip rate (1: all of their weights), in loss and
+# in perplexity; median and largest amplitude in its layer 12; Spearman of experiments F and G.
+NLL_LEVERAGE = {0.0005: 9.5, 0.001: 8.7, 0.005: 10.4, 1.0: 5.0}
+PERPLEXITY_LEVERAGE = {1.0: 67.0}
+AMPLITUDES = (0.024, 0.26)
 ENERGY_SPEARMAN = (0.955, 0.927)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fp4jax.analysis.geometry import ranges
 from fp4jax.analysis.geometry.ranges import Numbers, Values
-from fp4jax.analysis.geometry.relu import ReluPerturbation, relu_error, relu_perturbation
+from fp4jax.analysis.geometry.relu import ReluPerturbation, error_at_angle, flipped_angle, perturbation_at_angle
 
 MEAN_ABSOLUTE = float(np.sqrt(2.0 / np.pi))  # of a standard normal
 BUSSGANG = 2.0 / np.pi  # cos²(w, sign w) of a Gaussian row
@@ -22,12 +22,24 @@ SMALL_RATE_RATIO = float(np.pi / (np.pi - 2.0))  # theorem 3: the ratio for p �
 def sign_alignment(cv: Numbers) -> Values:
     """cos²(w, sign w) = 1/(1 + cv²), with cv the coefficient of variation of |w| (fact 1; 2/pi for a Gaussian row).
 
-    It follows from cos² = mean(|w|)² / mean(w²). A magnitude vector with random signs has an expected cos² of 1/n.
+    It follows from cos² = mean(|w|)² / mean(w²). Without the signs hardly anything is left: `random_sign_alignment`.
 
     Raises:
       ValueError: a negative cv.
     """
     return 1.0 / (1.0 + ranges.not_negative("cv", cv) ** 2)
+
+
+def random_sign_alignment(n: int) -> float:
+    """3/(n + 2): E cos²(w, |w| e) of a Gaussian row of n weights whose magnitudes get random signs e (fact 1).
+
+    The paper's 1/n is its order. Derived here: the mean over e is sum w⁴/(sum w²)². 1/n is exact where all magnitudes
+    are equal, and for the random signs without magnitudes, E cos²(w, e).
+
+    Raises:
+      ValueError: n < 2.
+    """
+    return 3.0 / (ranges.width(n) + 2.0)
 
 
 def scaling_bound(cv: Numbers) -> Values:
@@ -63,7 +75,13 @@ def magnitude_correlation(p: Numbers) -> Values:
     Raises:
       ValueError: p outside (0, 0.5).
     """
-    return (1.0 + 2.0 * np.sqrt(ranges.rate(p)) * MEAN_ABSOLUTE) / magnitude_scale(p)
+    return np.cos(_magnitude_angle(p))  # the quotient may round to more than 1
+
+
+def _magnitude_angle(p: Numbers) -> Values:
+    """acos rho, from a sqrt(1 - m²) across the old pre-activation and 1 + a m along it."""
+    shift = 2.0 * np.sqrt(ranges.rate(p))
+    return np.arctan2(shift * np.sqrt(1.0 - BUSSGANG), 1.0 + shift * MEAN_ABSOLUTE)
 
 
 def sign_perturbation(p: Numbers) -> ReluPerturbation:
@@ -72,7 +90,7 @@ def sign_perturbation(p: Numbers) -> ReluPerturbation:
     Raises:
       ValueError: p outside (0, 0.5).
     """
-    return relu_perturbation(1.0, 1.0 - 2.0 * ranges.rate(p))
+    return perturbation_at_angle(0.0, flipped_angle(ranges.rate(p)))
 
 
 def magnitude_perturbation(p: Numbers) -> ReluPerturbation:
@@ -83,7 +101,9 @@ def magnitude_perturbation(p: Numbers) -> ReluPerturbation:
     Raises:
       ValueError: p outside (0, 0.5).
     """
-    return relu_perturbation(magnitude_scale(p), magnitude_correlation(p))
+    shift = 2.0 * np.sqrt(ranges.rate(p))
+    growth = shift * (2.0 * MEAN_ABSOLUTE + shift) / (magnitude_scale(p) + 1.0)  # s - 1 = (s² - 1)/(s + 1)
+    return perturbation_at_angle(growth, _magnitude_angle(p))
 
 
 def linear_radial_fractions(p: Numbers) -> tuple[Values, Values]:
@@ -165,4 +185,4 @@ def sign_error(p: Numbers) -> Values:
     Raises:
       ValueError: p outside (0, 0.5).
     """
-    return relu_error(1.0 - 2.0 * ranges.rate(p))
+    return error_at_angle(flipped_angle(ranges.rate(p)))

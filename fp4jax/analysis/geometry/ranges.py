@@ -33,9 +33,9 @@ def amplitude(alpha: Numbers) -> Values:
     return _inside("alpha", alpha, "in [0, 1]", 0.0, 1.0, (True, True))
 
 
-def energy_share(gamma: Numbers, *, below_one: bool = False) -> Values:
+def energy_share(gamma: Numbers, *, below_one: bool = False, name: str = "gamma") -> Values:
     """A group's share of the input's energy, in [0, 1], or in [0, 1) where a formula divides by the other's."""
-    return _inside("gamma", gamma, "in [0, 1)" if below_one else "in [0, 1]", 0.0, 1.0, (True, not below_one))
+    return _inside(name, gamma, "in [0, 1)" if below_one else "in [0, 1]", 0.0, 1.0, (True, not below_one))
 
 
 def fraction(f: Numbers) -> Values:

@@ -1,6 +1,6 @@
 """A trained model taken apart: what its linear layers read, and what quantization or flipped signs do to it.
 
-Works on every model of `fp4jax.models` (Qwen3-like: RMSNorm, attention, RMSNorm, gated MLP), pretrained or random.
+Works on every dense model of `fp4jax.models` (RMSNorm, attention, RMSNorm, gated MLP), pretrained or random.
 Sums are as in `fp4jax.analysis.geometry.simulation`: |y|², <y, d>, |d|² for every token.
 """
 

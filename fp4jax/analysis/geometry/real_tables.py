@@ -11,14 +11,13 @@ from jaxtyping import Float64, Int
 from scipy.stats import spearmanr
 
 from fp4jax.analysis.geometry import activations, column_flips, paper, perturbations, real_model
-from fp4jax.analysis.geometry.estimates import Estimate, mean, ratio
+from fp4jax.analysis.geometry.estimates import RESOLVED, Estimate, mean, ratio
 from fp4jax.analysis.geometry.experiments import energies
 from fp4jax.analysis.geometry.tables import Grid
 from fp4jax.models.pretrained import LoadedModel
 from fp4jax.models.qwen3 import LINEARS
 from fp4jax.recipes import recipe
 
-_RESOLVED = 3.0  # standard errors
 _PROXIES = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
@@ -56,8 +55,12 @@ class Subject:
         """Traces the model on the tokens.
 
         Raises:
-          ValueError: an empty text, or rows of fewer than 2 tokens.
+          ValueError: an empty text, rows of fewer than 2 tokens, or a model whose layers are not dense.
         """
+        if loaded.config.linears != LINEARS:
+            raise ValueError(
+                f"{name} is a mixture of experts; these experiments are of dense layers with {', '.join(LINEARS)}"
+            )
         if tokens.size == 0 or tokens.shape[1] < 2:
             raise ValueError(
                 f"the text must have rows of at least 2 tokens, got {tokens.shape[0]} of {tokens.shape[1]}"
@@ -134,10 +137,11 @@ def flip_table(subject: Subject, settings: RealSettings) -> list[Grid]:
         drawn = [draw(key, jnp.float32(rate)) for key in keys]
         outliers, others, matched = np.array([result.loss for result in drawn], np.float64).T
         rises.append(mean(outliers))
-        perplexity = ratio(np.expm1(outliers), np.expm1(others))
-        leverages = [ratio(outliers, others), ratio(outliers, matched), perplexity]
         flips = float(np.mean([result.flips for result in drawn]))
-        rows.append((f"{rate:g}", [flips, rises[-1], mean(others), *leverages, paper.NLL_LEVERAGE.get(rate)]))
+        nll, with_norms = _leverage(outliers, others), _leverage(outliers, matched)
+        perplexity = _leverage(np.expm1(outliers), np.expm1(others))
+        leverages = [nll, paper.NLL_LEVERAGE.get(rate), with_norms, perplexity, paper.PERPLEXITY_LEVERAGE.get(rate)]
+        rows.append((f"{rate:g}", [flips, rises[-1], mean(others), *leverages]))
     shares = [float(jnp.mean(jnp.sum(jnp.where(m, subject.alpha2(name), 0.0), axis=1))) for name, m in masks.items()]
     share = float(np.mean(shares))
     odds = (1 - paper.COLUMN_FRACTION) / paper.COLUMN_FRACTION * share / (1 - share)
@@ -147,19 +151,27 @@ def flip_table(subject: Subject, settings: RealSettings) -> list[Grid]:
         + _linear_response(settings.rates, rises)
     )
     columns = (
-        "flips", "rise, outliers", "rise, others", "NLL leverage", "norms matched", "perplexity leverage", "paper, NLL",
+        "flips", "rise, outliers", "rise, others", "NLL leverage", "paper, NLL", "norms matched",
+        "perplexity leverage", "paper, perplexity",
     )  # fmt: skip
     about = subject.about | {"draws": settings.draws, "seed": settings.seed, "outlier columns": "5 %"}
     title = "Experiments D and E: signs flipped in outlier columns against as many in the others, by rate"
     return [Grid("DE", title, columns, rows, about, note)]
 
 
+def _leverage(outliers: Float64[np.ndarray, " draws"], others: Float64[np.ndarray, " draws"]) -> Estimate | None:
+    """Mean rise over mean rise; None where so few signs flipped that the others' flips changed nothing at all."""
+    return ratio(outliers, others) if others.sum() else None
+
+
 def _linear_response(rates: Sequence[float], rises: Sequence[Estimate]) -> str:
     """A sentence on where the outliers' loss rises in proportion to the rate."""
-    resolved = [index for index, rise in enumerate(rises) if rise.value > _RESOLVED * rise.standard_error]
+    resolved = [index for index, rise in enumerate(rises) if rise.value > RESOLVED * rise.standard_error]
     if not resolved:
         return "These draws do not resolve the rise of the outliers' loss at any rate."
     first = resolved[0]
+    if first == len(rates) - 1:
+        return f"Only at {rates[first]:g} is the rise of the outliers' loss above three standard errors."
     threshold = column_flips.linear_response_threshold(
         np.array(rates[first:]), np.array([rise.value for rise in rises[first:]])
     )
@@ -171,22 +183,24 @@ def _linear_response(rates: Sequence[float], rises: Sequence[Estimate]) -> str:
 
 def energy_table(subject: Subject, settings: RealSettings) -> list[Grid]:
     """Experiment F: energy after the activation against alpha², column by column."""
-    layers, rows = subject.loaded.config.num_layers, []
+    layers, rows, points = subject.loaded.config.num_layers, [], {}
     kernel, alphas2 = subject.kernel("mlp.gate_proj"), np.asarray(subject.alpha2("mlp.gate_proj"), np.float64)
     for layer in sorted({0, layers // 2, layers - 1}):
         x, alpha2 = subject.traced["mlp"][layer, : settings.energy_tokens], alphas2[layer]
-        found = [
-            _correlation(alpha2, np.asarray(real_model.column_energies(x, kernel[layer], activation=f), np.float64))
-            for f in _PROXIES.values()
-        ]
+        energies_of = {
+            name: np.asarray(real_model.column_energies(x, kernel[layer], activation=f), np.float64)
+            for name, f in _PROXIES.items()
+        }
         amplitudes = [float(np.sqrt(np.median(alpha2))), float(np.sqrt(alpha2.max()))]
+        found = [_correlation(alpha2, energy) for energy in energies_of.values()]
         rows.append((f"layer {layer}", [*amplitudes, *found[0], *found[1]]))
-    rows.append(("paper, TinyLlama", [0.024, 0.26, paper.ENERGY_SPEARMAN[0], None, None, None]))
-    columns = ("median alpha", "largest", "Spearman, ReLU", "slope", "Spearman, SiLU", "slope")
+        points[f"layer {layer}, ReLU"] = alpha2, energies_of["relu"]
+    rows.append(("paper, TinyLlama", [*paper.AMPLITUDES, paper.ENERGY_SPEARMAN[0], None, None, None]))
+    columns = ("median alpha", "largest", "Spearman, ReLU", "slope, ReLU", "Spearman, SiLU", "slope, SiLU")
     note = "Slopes are of log energy over log alpha²; the theory's is 1, less a correction of order alpha."
     about = subject.about | {"tokens used": settings.energy_tokens}
     title = "Experiment F: energy after the activation of a flipped column against alpha²"
-    return [Grid("F-real", title, columns, rows, about, note)]
+    return [Grid("F-real", title, columns, rows, about, note, points)]
 
 
 def column_table(subject: Subject, settings: RealSettings) -> list[Grid]:
@@ -206,7 +220,10 @@ def column_table(subject: Subject, settings: RealSettings) -> list[Grid]:
     ]
     about = subject.about | {"columns": len(columns)}
     title = "Experiment G: size of the loss's change for single flipped columns against alpha²"
-    return [Grid("G-real", title, ("Spearman", "log-log slope", "falls", "largest rise"), rows, about)]
+    headings, points = ("Spearman", "log-log slope", "falls", "largest rise"), {}
+    for name, chosen in (("rises", rises > 0), ("falls", rises < 0)):
+        points[name] = alpha2[columns][chosen], np.abs(rises[chosen])
+    return [Grid("G-real", title, headings, rows, about, "", points)]
 
 
 def _correlation(alpha2: np.ndarray, effect: np.ndarray) -> tuple[float, float]:
@@ -218,15 +235,15 @@ def _correlation(alpha2: np.ndarray, effect: np.ndarray) -> tuple[float, float]:
 
 def bridge_table(subject: Subject, settings: RealSettings) -> list[Grid]:
     """The radial share and the size of the recipes' forward errors: of each product, of one layer, of the stack."""
-    found: dict[str, dict[str, list]] = {title: {} for title in _BRIDGES}
-    for name in settings.recipes:
+    found: dict[str, dict[str, list]] = {name: {} for name in _BRIDGES}
+    for chosen in settings.recipes:
         sums = real_model.quantization_errors(
-            subject.loaded.model("bf16"), jnp.asarray(subject.tokens), recipe=recipe(name)
+            subject.loaded.model("bf16"), jnp.asarray(subject.tokens), recipe=recipe(chosen)
         )
         sums = {key: np.asarray(value, np.float64) for key, value in sums.items()}
-        sums["products"] = sums["products"].transpose(1, 2, 0, 3).reshape(len(LINEARS), 3, -1)
-        for title, (what, reader) in _BRIDGES.items():
-            found[title][name] = [reader(of_row) for of_row in sums[what]]
+        sums["product"] = sums.pop("products").transpose(1, 2, 0, 3).reshape(len(LINEARS), 3, -1)
+        for (what, reading), cells in found.items():
+            cells[chosen] = [_READINGS[reading][1](of_row) for of_row in sums[what]]
     layers = [f"layer {layer}" for layer in range(subject.loaded.config.num_layers)]
     note = (
         "Radial is the share of the error's energy along what it is added to, which the next RMSNorm removes, as a "
@@ -234,11 +251,12 @@ def bridge_table(subject: Subject, settings: RealSettings) -> list[Grid]:
         f"Row-wise sign weights have {1 - perturbations.BUSSGANG:.4f} on Gaussian weights and inputs."
     )
     grids = []
-    for index, (title, columns) in enumerate(found.items()):
-        labels = LINEARS if _BRIDGES[title][0] == "products" else layers
-        rows = [(label, list(cells)) for label, *cells in zip(labels, *columns.values(), strict=True)]
-        text = note if index == 0 else ""
-        grids.append(Grid(f"bridge-{index}", f"The bridge: {title}", settings.recipes, rows, subject.about, text))
+    for (what, reading), cells in found.items():
+        labels = LINEARS if what == "product" else layers
+        rows = [(label, list(row)) for label, *row in zip(labels, *cells.values(), strict=True)]
+        title = f"The bridge: {_READINGS[reading][0]} of {_BRIDGED[what]}"
+        text = "" if grids else note
+        grids.append(Grid(f"bridge-{what}-{reading}", title, settings.recipes, rows, subject.about, text))
     return grids
 
 
@@ -254,15 +272,26 @@ def _size(sums: Float64[np.ndarray, "3 tokens"]) -> float:
     return float((sums[2] / sums[0]).mean())
 
 
-# Title → which sums of `real_model.quantization_errors`, and what is read from them.
-_BRIDGES: dict[str, tuple[str, Callable]] = {
-    "radial share of the error of one product": ("products", _radial),
-    "size |d|²/|y|² of the error of one product": ("products", _size),
-    "radial share of the residual stream's error, one layer quantized": ("layer", _radial),
-    "size of the residual stream's error, one layer quantized": ("layer", _size),
-    "radial share of the residual stream's error, all layers so far quantized": ("stack", _radial),
-    "size of the residual stream's error, all layers so far quantized": ("stack", _size),
+def _after_norm(sums: Float64[np.ndarray, "3 tokens"]) -> float:
+    """|RMSNorm(y') - RMSNorm(y)|²/n, the mean over tokens: what is left of the error once the norm is taken out."""
+    return float(energies(sums[None])[2].mean())
+
+
+# What the sums of `real_model.quantization_errors` are of, and what is read from them.
+_BRIDGED = {
+    "product": "the error of one product",
+    "layer": "the residual stream's error, one layer quantized",
+    "stack": "the residual stream's error, all layers so far quantized",
 }
+_READINGS: dict[str, tuple[str, Callable]] = {
+    "radial": ("radial share", _radial),
+    "size": ("size |d|²/|y|²", _size),
+    "after": ("size behind RMSNorm, |difference|²/n,", _after_norm),
+}
+_BRIDGES = (
+    ("product", "radial"), ("product", "size"),  # by itself a product's output reaches no RMSNorm
+    *((what, reading) for what in ("layer", "stack") for reading in _READINGS),
+)  # fmt: skip
 
 
 REAL_EXPERIMENTS: Sequence[Callable[[Subject, RealSettings], list[Grid]]] = (

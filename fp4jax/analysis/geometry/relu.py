@@ -1,6 +1,9 @@
 """Two correlated Gaussians through a ReLU (arXiv 2605.18933, sections on the arc-cosine kernel and on gate flips).
 
 u and v are standard normal with correlation r, theta = acos r. A *gate flip* is a sign of v that differs from u's.
+
+A small theta is lost in r, which rounds to 1: formulas of a rate or of an amplitude know theta itself (`flipped_angle`)
+and call the forms `..._at_angle`, which keep their digits down to theta = 0.
 """
 
 from dataclasses import dataclass
@@ -10,6 +13,8 @@ from jaxtyping import Float64
 
 from fp4jax.analysis.geometry import ranges
 from fp4jax.analysis.geometry.ranges import Numbers, Values
+
+_SMALL_ANGLE = 0.05  # below it the series below are exact in float64, and the differences lose digits
 
 
 def relu_kernel(r: Numbers) -> Values:
@@ -30,7 +35,7 @@ def relu_error(r: Numbers) -> Values:
     Raises:
       ValueError: |r| > 1.
     """
-    return 1.0 - relu_kernel(r) / np.pi
+    return error_at_angle(np.arccos(ranges.correlation(r)))
 
 
 def gate_flip_rate(r: Numbers) -> Values:
@@ -50,9 +55,7 @@ def flip_error(r: Numbers) -> Values:
     Raises:
       ValueError: |r| > 1.
     """
-    r = ranges.correlation(r)
-    theta = np.arccos(r)
-    return (theta - np.sin(theta) * r) / np.pi
+    return flip_error_at_angle(np.arccos(ranges.correlation(r)))
 
 
 def smooth_error(r: Numbers) -> Values:
@@ -62,6 +65,35 @@ def smooth_error(r: Numbers) -> Values:
       ValueError: |r| > 1.
     """
     return relu_error(r) - flip_error(r)
+
+
+def flipped_angle(share: Numbers) -> Values:
+    """theta = 2 asin(sqrt(share)), with cos theta = 1 - 2 share: the share of the input's energy whose weights flip.
+
+    Raises:
+      ValueError: share outside [0, 1].
+    """
+    return 2.0 * np.arcsin(np.sqrt(ranges.energy_share(share, name="share")))
+
+
+def error_at_angle(theta: Values) -> Values:
+    """E(cos theta) = 2 sin²(theta/2) - (sin theta - theta cos theta)/pi."""
+    difference = np.where(
+        theta < _SMALL_ANGLE,
+        theta**3 * (1.0 / 3.0 - theta**2 / 30.0 + theta**4 / 840.0 - theta**6 / 45360.0),
+        np.sin(theta) - theta * np.cos(theta),
+    )
+    return 2.0 * np.sin(theta / 2.0) ** 2 - difference[()] / np.pi
+
+
+def flip_error_at_angle(theta: Values) -> Values:
+    """E_flip(cos theta) = (theta - sin theta cos theta)/pi."""
+    difference = np.where(
+        theta < _SMALL_ANGLE,
+        theta**3 * (2.0 / 3.0 - 2.0 * theta**2 / 15.0 + 4.0 * theta**4 / 315.0 - 2.0 * theta**6 / 2835.0),
+        theta - np.sin(theta) * np.cos(theta),
+    )
+    return difference[()] / np.pi
 
 
 @dataclass(frozen=True)
@@ -101,14 +133,23 @@ def relu_perturbation(scale: Numbers, r: Numbers) -> ReluPerturbation:
     Raises:
       ValueError: |r| > 1, or a negative scale.
     """
-    scale, r = ranges.not_negative("scale", scale), ranges.correlation(r)
-    cross = scale * relu_kernel(r) / (2.0 * np.pi)
-    energy = 0.5 + scale**2 / 2.0 - 2.0 * cross
-    closing = flip_error(r) / 2.0
+    scale = ranges.not_negative("scale", scale)
+    return perturbation_at_angle(scale - 1.0, np.arccos(ranges.correlation(r)))
+
+
+def perturbation_at_angle(growth: Values, theta: Values) -> ReluPerturbation:
+    """`relu_perturbation` of the scale s = 1 + growth and r = cos theta, where both are small.
+
+    With E = E(cos theta): the energy is growth²/2 + s E, and E[relu(u) d] is (growth - s E)/2.
+    """
+    scale, error = 1.0 + growth, error_at_angle(theta)
+    energy = growth**2 / 2.0 + scale * error
+    along = (growth - scale * error) / 2.0
+    closing = flip_error_at_angle(theta) / 2.0
     opening = scale**2 * closing
     # relu(u) against itself: nothing to share out, and nothing is radial.
-    radial = np.divide((cross - 0.5) ** 2, energy / 2.0, out=np.zeros_like(energy + 0.0), where=energy > 0.0)[()]
-    return ReluPerturbation(energy, radial, energy - closing - opening, closing, opening, 2.0 * relu_error(r))
+    radial = np.divide(along**2, energy / 2.0, out=np.zeros_like(energy + 0.0), where=energy > 0.0)[()]
+    return ReluPerturbation(energy, radial, energy - closing - opening, closing, opening, 2.0 * error)
 
 
 def relu_fourth_moments(scale: float, r: float) -> Float64[np.ndarray, "5"]:

@@ -5,6 +5,8 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fp4jax.analysis.geometry.estimates import Estimate
 
 
@@ -69,7 +71,15 @@ _HEADER = ("", "theory", "at width", "paper", "ours", "+-", "dev.", "ours/paper"
 
 @dataclass(frozen=True)
 class Grid:
-    """Numbers of a trained model: a label and a number for every column, an `Estimate` where it was sampled."""
+    """Numbers of a trained model: a label and a number for every column, an `Estimate` where it was sampled.
+
+    Attributes:
+      columns: their names, all different: they are keys in the JSON.
+      points: what a figure of single points needs beside the rows, name → its (x, y); not in the JSON.
+
+    Raises:
+      ValueError: two columns of one name.
+    """
 
     name: str
     title: str
@@ -77,6 +87,16 @@ class Grid:
     rows: list[tuple[str, list[float | Estimate | None]]]
     settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    points: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"table {self.name} has two columns of one name: {', '.join(self.columns)}")
+
+    def column(self, name: str) -> list[float | Estimate | None]:
+        """The cells of a column, from the first row to the last."""
+        index = self.columns.index(name)
+        return [cells[index] for _, cells in self.rows]
 
     def as_json(self) -> dict[str, Any]:
         rows = [

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from fp4jax.data.json_files import check_fields
 from fp4jax.training.health import OPERAND_RATIOS, OPERANDS, STOP_RATIO, WGRAD, WGRAD_RATIOS
 from fp4jax.training.metrics import HEALTH_FILE, read_metrics
 
+_SUMMARY = ("gradient_cosine", "gradient_to_noise", "loss_gap")
 RATIOS = OPERAND_RATIOS | WGRAD_RATIOS
 
 
@@ -37,7 +39,7 @@ def load_health(workdir: str | Path) -> Health:
     """Reads the health of a run.
 
     Raises:
-      ValueError: none was measured there.
+      ValueError: none was measured there, or the file is damaged.
     """
     lines = read_metrics(workdir, HEALTH_FILE)
     if not lines:
@@ -45,6 +47,7 @@ def load_health(workdir: str | Path) -> Health:
             f"{workdir} holds no {HEALTH_FILE}; train with --config.health.every=100 in this --workdir first"
         )
     tables = [{name: values for name, values in line.items() if "/" in name} for line in lines]
+    _check(Path(workdir) / HEALTH_FILE, lines, tables)
     linears = {name.rpartition("/")[2]: len(values) for table in tables for name, values in table.items()}
     linears = dict(sorted(linears.items()))
     names = tuple(f"layers.{layer}.{linear}" for linear, layers in linears.items() for layer in range(layers))
@@ -64,6 +67,20 @@ def load_health(workdir: str | Path) -> Health:
         if name != "step" and "/" not in name
     }
     return Health(np.array([line["step"] for line in lines]), names, ratios, summary)
+
+
+def _check(path: Path, lines: list[dict], tables: list[dict]) -> None:
+    """Raises ValueError for what no measurement wrote: numbers of another type, or of another number of layers."""
+    lengths: dict[str, int] = {}
+    for line, table in zip(lines, tables, strict=True):
+        try:
+            check_fields(line, dict.fromkeys([*_SUMMARY, *(name for name in line if name not in table)], float | None))
+            check_fields(table, dict.fromkeys(table, list[float | None]))
+            for name, values in table.items():
+                if lengths.setdefault(name.rpartition("/")[2], len(values)) != len(values):
+                    raise ValueError(f"field {name!r} has another number of layers")
+        except ValueError as error:
+            raise ValueError(f"{path}, step {line['step']} is damaged ({error}); remove that line") from None
 
 
 def _operands() -> dict[str, tuple[str, ...]]:

@@ -17,6 +17,7 @@ from fp4jax.analysis.ptq.table import render
 from fp4jax.cli import Parser, output_folder
 from fp4jax.config import default_config
 from fp4jax.data.held_out import held_out_text
+from fp4jax.data.json_files import check_fields, from_fields, one_line, parse_json
 from fp4jax.models.pretrained import LoadedModel, load_parameters
 from fp4jax.recipes import list_recipes, recipe
 from fp4jax.training.compilation import enable_compilation_cache
@@ -111,7 +112,14 @@ def _settings(options: Any, batches: np.ndarray) -> dict:
 def _open(path: Path, settings: dict) -> dict:
     """The record at `path` to go on with, or a new one."""
     if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            record = check_fields(parse_json(path.read_bytes()), {"settings": Any, "measurements": dict[str, Any]})
+            for measurement in record["measurements"].values():
+                check_fields(measurement, {"recipe": str, "samples": list[Any]})
+                for sample in measurement["samples"]:
+                    from_fields(Sample, sample)
+        except ValueError as error:
+            raise ValueError(f"{path} is no record of measurements ({one_line(error)}): use another --out") from None
         if record["settings"] != settings:
             raise ValueError(
                 f"{path} holds measurements with {record['settings']}, asked for {settings}: use another --out"

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from fp4jax.analysis.sensitivity.inputs import config_file
-from fp4jax.cli import Parser
+from fp4jax.cli import Parser, check_output_file
 from fp4jax.config import ConfigError, check_overrides, flatten
 from fp4jax.config_checks import validate
 from fp4jax.reporting import Report, report
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, help="file for everything, layer by layer; one for each phase")
     overrides = [argument for argument in arguments if argument.startswith(_OVERRIDE)]
     options = parser.parse_args([argument for argument in arguments if argument not in overrides])
+    if options.json is not None:
+        check_output_file(options.json, "--json")
     config = _overridden(config_file(options.config), overrides)
     validate(config, jax.device_count())
     if not options.trace_only:

@@ -10,6 +10,7 @@ each some hundred characters long, it kept all the English and none of the other
 dropped 16 % of the English at the same threshold, at 5 MB/s.
 """
 
+import difflib
 import re
 from types import ModuleType
 
@@ -94,7 +95,19 @@ def _cld2(language: str) -> ModuleType:
             f"--language={language} needs a package that is not installed: pip install {LANGUAGE_PACKAGE}; "
             f"or keep documents in all languages with --language={ANY_LANGUAGE}"
         ) from None
-    codes = sorted({code for _, code in pycld2.LANGUAGES})
-    if language not in codes:
-        raise DataError(f"--language={language} is unknown; accepted: {ANY_LANGUAGE}, {', '.join(codes)}")
+    names = {code: name.capitalize() for name, code in pycld2.LANGUAGES}
+    if language not in names:
+        raise DataError(
+            f"--language={language} is unknown; it is {ANY_LANGUAGE} or one of {len(names)} codes such as "
+            f"{', '.join(f'{code} ({names[code]})' for code in _nearest(language, names))}"
+        )
     return pycld2
+
+
+def _nearest(language: str, names: dict[str, str]) -> list[str]:
+    """A few codes, if there are such then those that are written like `language` or have a name that is."""
+    language = language.lower()
+    codes = {name.lower(): code for code, name in names.items() if not code.startswith("xx")}  # which are scripts
+    named = [name for name in codes if name.startswith(language)] or difflib.get_close_matches(language, codes, 2)
+    coded = difflib.get_close_matches(language, codes.values(), 2)
+    return list(dict.fromkeys([*(codes[name] for name in named[:3]), *coded])) or ["en", "de", "zh"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from fp4jax.data.documents import BadLines, Document, check_text, documents_in
 from fp4jax.data.errors import DataError
-from fp4jax.data.shards import SUFFIXES, find_shards
+from fp4jax.data.shards import SUFFIXES, check_ratio, find_shards
 
 TFDS = "tfds:"
 PARQUET = ".parquet"
@@ -111,6 +111,7 @@ def _parquet_texts(path: str, column: str) -> Iterator[Any]:
                 raise DataError(
                     f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}: choose a --text_key"
                 )
+            _check_parquet_ratio(path, file.metadata, column)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
                 values = batch.column(0)
                 yield from values.cast(bytes_of.get(values.type, values.type)).to_pylist()
@@ -118,6 +119,13 @@ def _parquet_texts(path: str, column: str) -> Iterator[Any]:
         raise DataError(
             f"shard {path} is no whole Parquet file ({' '.join(str(error).split())}); download it again or remove it"
         ) from error
+
+
+def _check_parquet_ratio(path: str, metadata: Any, column: str) -> None:
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for part in map(group.column, range(group.num_columns)):
+            if part.path_in_schema.partition(".")[0] == column:
+                check_ratio(f"shard {path}", part.total_compressed_size, part.total_uncompressed_size)
 
 
 def _tfds_texts(unit: Unit, feature: str) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from fp4jax.data.json_files import from_fields, parse_json
 from fp4jax.data.prepare.state import UnitFacts
 from fp4jax.data.prepared import PreparedSet
 
@@ -70,8 +71,8 @@ class Report:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Report":
-        """Reads what `to_json` gave."""
-        return cls(**json.loads(content))
+        """Reads what `to_json` gave; ValueError for anything else."""
+        return from_fields(cls, parse_json(content))
 
     def lines(self) -> list[str]:
         """For a person to read."""

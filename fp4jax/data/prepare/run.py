@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fp4jax.data.documents import SPLITS
 from fp4jax.data.errors import DataError
+from fp4jax.data.json_files import one_line
 from fp4jax.data.packing import token_dtype
 from fp4jax.data.prepare.filters import Filters
 from fp4jax.data.prepare.inputs import Unit
@@ -74,7 +75,10 @@ def prepare(
                 elif pending:
                     _in_processes(pending, state, min(workers, len(pending)), max_bad_fraction, counters, bar)
             _finish(state, max_bad_fraction, workers, started)
-    report = Report.from_json((output / REPORT).read_bytes())
+    try:
+        report = Report.from_json((output / REPORT).read_bytes())
+    except ValueError as error:
+        raise DataError(f"{output / REPORT} is damaged ({one_line(error)}); the set itself is whole") from error
     if state.partial.exists():
         shutil.rmtree(state.partial)
     return report

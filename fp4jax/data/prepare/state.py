@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import shutil
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ import numpy as np
 import zstandard
 from jaxtyping import Int64
 
+from fp4jax.data.documents import SPLITS
 from fp4jax.data.errors import DataError
+from fp4jax.data.json_files import check_fields, from_fields, one_line, parse_json
 from fp4jax.data.prepare.inputs import Unit
 from fp4jax.data.prepare.options import Options
 from fp4jax.data.prepared import INDEX, PARTIAL, PreparedSet, ShardFacts
@@ -68,10 +71,15 @@ class UnitFacts:
 
     @classmethod
     def from_json(cls, content: bytes) -> "UnitFacts":
-        """Reads what `to_json` gave."""
-        facts = json.loads(content)
-        shards = {split: shard and ShardFacts(**shard) for split, shard in facts.pop("shards").items()}
-        return cls(shards=shards, **facts)
+        """Reads what `to_json` gave; ValueError for anything else."""
+        facts = check_fields(parse_json(content), {"shards": dict[str, Any]})
+        written = facts["shards"]
+        shards = {split: from_fields(ShardFacts, written[split]) if written.get(split) else None for split in SPLITS}
+        own = {field.name for field in dataclasses.fields(cls)} - {"shards", "counts"}
+        hints = typing.get_type_hints(cls)
+        check_fields(facts, {name: hints[name] for name in own})
+        check_fields(facts.get("counts"), dict.fromkeys(SPLITS, str))
+        return cls(shards=shards, counts=facts["counts"], **{name: facts[name] for name in own})
 
 
 def compress_counts(counts: Int64[np.ndarray, " vocab"]) -> str:
@@ -140,12 +148,15 @@ class State:
         """The facts about a unit; None if it is not done.
 
         Raises:
-          DataError: its input has changed since.
+          DataError: its input has changed since, or the file of facts is damaged.
         """
+        path = self.facts_file(unit)
         try:
-            facts = UnitFacts.from_json(self.facts_file(unit).read_bytes())
+            facts = UnitFacts.from_json(path.read_bytes())
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({one_line(error)}); remove it, and that part is done again") from error
         if (facts.bytes, facts.changed) != (unit.bytes, unit.changed):
             raise DataError(
                 f"{unit.source} has changed since its shard was written; restore it, or give a new --output"
@@ -165,7 +176,13 @@ class State:
             self._check_same({**identity, "inputs": list(prepared.inputs)}, {**self.identity, "inputs": inputs})
             return True
         if self._any_unit_done():
-            self._check_same(json.loads((self.partial / PLAN).read_bytes()), self.plan)
+            try:
+                plan = check_fields(parse_json((self.partial / PLAN).read_bytes()), {})
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"{self.partial / PLAN} is damaged ({one_line(error)}); give another --output, or remove this one"
+                ) from error
+            self._check_same(plan, self.plan)
         elif self.partial.is_dir():
             return False
         elif self.output.exists() and not self.output.is_dir():

@@ -5,7 +5,8 @@ import pytest
 from scipy import integrate
 from scipy.stats import norm
 
-from fp4jax.analysis.geometry import activations, outliers, perturbations, relu, ternary
+from fp4jax.analysis.geometry import activations, finite_width, outliers, perturbations, relu, ternary
+from fp4jax.analysis.geometry.depth import depth_ratios
 
 RATES = np.array([0.01, 0.02, 0.05, 0.10])
 
@@ -52,6 +53,38 @@ def test_slope_is_that_of_the_exact_ratio():
     p = 1e-6  # of the terms in sqrt(p) and p the first is left, up to a thousandth
     measured = (1.0 - perturbations.ratio_exact(p) / perturbations.SMALL_RATE_RATIO) / np.sqrt(p)
     assert measured == pytest.approx(perturbations.ratio_slope(), abs=2e-3)
+
+
+def test_the_papers_slope():
+    agrees(4 / (3 * np.pi), 0.4244, 4)
+    p = 1e-8
+    paper = (1.0 - perturbations.ratio_paper(p) / perturbations.SMALL_RATE_RATIO) / np.sqrt(p)
+    agrees(paper, 0.4244, 3)
+
+
+@pytest.mark.parametrize("exponent", [6, 12, 16, 18, 100, 300])
+def test_rates_near_zero_keep_their_digits(exponent):
+    """Where 1 - 2p rounds to 1: the leading orders, of which the next is smaller by a factor p."""
+    p = 10.0**-exponent
+    slope = perturbations.ratio_slope() * np.sqrt(p)
+    assert perturbations.ratio_exact(p) == pytest.approx(
+        perturbations.SMALL_RATE_RATIO * (1 - slope), rel=3 * p + 1e-14
+    )
+    assert perturbations.sign_error(p) == pytest.approx(perturbations.sign_error_leading(p), rel=p + 1e-14)
+    assert perturbations.magnitude_correlation(p) <= 1.0
+    alpha = np.sqrt(p)
+    flips = outliers.outlier_flip_energy_leading(alpha)
+    assert outliers.outlier_flip_energy(alpha) == pytest.approx(flips, rel=2 * p + 1e-14)
+    assert outliers.leverage(alpha, 2048) == pytest.approx(
+        outliers.leverage_leading(alpha, 2048) * outliers.leverage(0.01, 2048) / outliers.leverage_leading(0.01, 2048),
+        rel=1e-3,
+    )
+
+
+def test_small_angle_series_meet_the_differences():
+    below, above = (np.nextafter(relu._SMALL_ANGLE, side) for side in (0.0, 1.0))
+    for function in (relu.error_at_angle, relu.flip_error_at_angle):
+        assert function(below) == pytest.approx(function(above), rel=1e-12)
 
 
 def test_sign_error_leading_orders():
@@ -104,6 +137,17 @@ def test_fact_1_and_theorem_1():
     assert perturbations.scaling_bound(0.0) == 0.0
 
 
+def test_random_signs_leave_an_alignment_of_order_1_over_n():
+    rng, n = np.random.default_rng(2), 40
+    w, signs = rng.standard_normal((20_000, n)), rng.choice([-1.0, 1.0], (20_000, n))
+    energy = np.sum(w * w, axis=1)
+    scrambled = np.sum(w * np.abs(w) * signs, axis=1) ** 2 / energy**2
+    alone = np.sum(w * signs, axis=1) ** 2 / (n * energy)
+    for sample, expected in ((scrambled, perturbations.random_sign_alignment(n)), (alone, 1 / n)):
+        assert abs(sample.mean() - expected) < 4 * sample.std() / np.sqrt(len(sample))
+    assert perturbations.random_sign_alignment(n) > 2.5 / n
+
+
 def test_proposition_1():
     sign, magnitude = perturbations.linear_radial_fractions(RATES)
     np.testing.assert_allclose(sign, RATES)
@@ -112,11 +156,13 @@ def test_proposition_1():
 
 def test_theorem_4():
     theorem = ternary.sign_quantization()
+    agrees(theorem.cos2, 0.6366, 4)
     agrees(theorem.degrees, 37.07, 2)
     agrees(theorem.sin2, 0.3634, 4)
     agrees(theorem.norm_difference, 0.4042, 4)
     agrees(theorem.gate_flips, 0.206, 3)
     np.testing.assert_allclose(ternary.ternary_linear_error(0.0), 1 - 2 / np.pi)
+    agrees(ternary.ternary_linear_error(0.0)[1], 0.36338, 5)
     agrees(theorem.after_relu.energy, 0.15971, 5)
     agrees(theorem.after_relu.radial_fraction, 0.36489, 5)
     agrees(ternary.equal_norm_rate(), 0.0908, 4)
@@ -197,6 +243,15 @@ def test_activation_constants():
         (lambda: perturbations.ratio_exact(0.0), r"p must be in \(0, 0.5\), got 0"),
         (lambda: perturbations.ratio_paper(0.5), r"p must be in \(0, 0.5\), got 0.5"),
         (lambda: perturbations.sign_error(np.array([0.1, np.nan])), r"p must be in \(0, 0.5\), got nan"),
+        (lambda: perturbations.magnitude_perturbation(-0.1), r"p must be in \(0, 0.5\), got -0.1"),
+        (lambda: perturbations.linear_radial_fractions(0.7), r"p must be in \(0, 0.5\), got 0.7"),
+        (lambda: depth_ratios(0.5, 2, residual=False), r"p must be in \(0, 0.5\), got 0.5"),
+        (lambda: depth_ratios(0.1, 0, residual=False), "layers must be at least 1, got 0"),
+        (lambda: finite_width.ratio_at_width(0.1, 15), "n must be at least 16, got 15"),
+        (lambda: relu.flipped_angle(1.5), r"share must be in \[0, 1\], got 1.5"),
+        (lambda: relu.gate_flip_rate(-1.1), r"r must be in \[-1, 1\], got -1.1"),
+        (lambda: outliers.outlier_gate_flip_rate(1.1), r"alpha must be in \[0, 1\], got 1.1"),
+        (lambda: outliers.outlier_flip_energy(np.array([0.5, np.nan])), r"alpha must be in \[0, 1\], got nan"),
         (lambda: relu.relu_kernel(1.01), r"r must be in \[-1, 1\], got 1.01"),
         (lambda: relu.relu_error(np.array([0.0, -2.0])), r"r must be in \[-1, 1\], got -2"),
         (lambda: relu.relu_perturbation(-1.0, 0.0), "scale must be finite and at least 0, got -1"),
@@ -220,10 +275,80 @@ def test_arguments_out_of_range(call, message):
         call()
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
-def test_closed_forms_are_vectorized_and_float64(shape):
-    p = np.full(shape, 0.1, np.float32)
-    for function in (perturbations.ratio_exact, perturbations.ratio_paper, perturbations.ratio_chord):
-        value = function(p)
-        assert np.shape(value) == shape
-        assert np.asarray(value).dtype == np.float64
+SMALL, SHARES, CORRELATIONS = (np.linspace(*ends, 6) for ends in ((0.01, 0.4), (0.05, 0.95), (-0.9, 0.9)))
+VECTORIZED = [
+    *((function, SMALL) for function in (
+        perturbations.ratio_exact, perturbations.ratio_paper, perturbations.ratio_chord, perturbations.ratio_own_norm,
+        perturbations.sign_error, perturbations.sign_error_leading, perturbations.magnitude_scale,
+        perturbations.magnitude_correlation, lambda p: perturbations.sign_perturbation(p).radial_fraction,
+        lambda p: perturbations.magnitude_perturbation(p).radial_fraction,
+        lambda p: perturbations.linear_radial_fractions(p)[0], lambda p: perturbations.linear_radial_fractions(p)[1],
+        perturbations.sign_alignment, perturbations.scaling_bound,
+    )),
+    *((function, CORRELATIONS) for function in (
+        relu.relu_kernel, relu.relu_error, relu.gate_flip_rate, relu.flip_error, relu.smooth_error,
+        lambda r: relu.relu_perturbation(1.2, r).transverse,
+    )),
+    *((function, SHARES) for function in (
+        outliers.outlier_gate_flip_rate, outliers.outlier_flip_energy, outliers.outlier_flip_energy_leading,
+        lambda a: outliers.leverage(a, 64), lambda a: outliers.leverage_leading(a, 64), outliers.flipped_set_error,
+        outliers.flipped_set_gate_flip_rate, outliers.column_ratio, outliers.damage_fraction,
+        lambda g: outliers.group_amplitudes(g, 64)[0], ternary.ternary_correlation, ternary.ternary_scale,
+        lambda t: ternary.ternary_after_relu(t).transverse, lambda t: ternary.ternary_linear_error(t)[1],
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "arguments"), VECTORIZED)
+def test_closed_forms_are_vectorized_and_float64(function, arguments):
+    single = np.array([function(float(x)) for x in arguments])
+    assert np.asarray(function(float(arguments[0]))).dtype == np.float64
+    for shape in ((6,), (2, 3)):
+        values = function(arguments.reshape(shape))
+        assert values.shape == shape and values.dtype == np.float64
+        np.testing.assert_allclose(values.ravel(), single, rtol=1e-14)
+    assert np.asarray(function(arguments.astype(np.float32))).dtype == np.float64
+
+
+def test_numbers_of_the_docs():
+    """What docs/geometry.md prints of closed forms that are derived there."""
+    agrees(perturbations.ratio_own_norm(0.01), 3.627, 3)
+    agrees(perturbations.ratio_chord(0.01), 3.652, 3)
+    agrees([finite_width.ratio_at_width(p, 512) for p in RATES], [2.644, 2.597, 2.468, 2.285], 3)
+    agrees(finite_width.ratio_at_width(0.01, 2048), 2.662, 3)
+    agrees(finite_width.ratio_at_width(0.01, 420), 2.639, 3)
+    agrees(finite_width.radial_fraction_at_width(0.01, 2048, signs=True), 0.0111, 4)
+    for name, at_1, sigma, lowest in (("silu", 2.434, 0.67, 2.388), ("gelu", 2.539, 0.43, 2.359)):
+        agrees(activations.activation_ratio_limit(name), at_1, 3)
+        agrees(activations.activation_ratio_limit(name, sigma), lowest, 3)
+        agrees(min(activations.activation_ratio_limit(name, s) for s in np.arange(0.2, 2.0, 0.01)), lowest, 3)
+
+
+@pytest.mark.parametrize(
+    ("residual", "own_norm"),
+    [(False, [3.627, 3.511, 3.394, 3.279, 3.169, 3.065]), (True, [1.369, 1.361, 1.354, 1.347, 1.340, 1.334])],
+)
+def test_depth_of_the_docs(residual, own_norm):
+    ratios = depth_ratios(0.01, 6, residual=residual)
+    agrees(ratios.own_norm, own_norm, 3)
+    if not residual:
+        first = (perturbations.ratio_chord, perturbations.ratio_own_norm, perturbations.ratio_exact)
+        found = (ratios.chord, ratios.own_norm, ratios.transverse)
+        np.testing.assert_allclose([x[0] for x in found], [f(0.01) for f in first], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "quadrants", "energy", "radial", "transverse", "cos2", "linear"),
+    [
+        (0.0, [0.1165, 0.0264, 0.0168], 0.1597, 0.365, 0.101, 0.637, (0.363, 0.363)),
+        (ternary.ABSMEAN_THRESHOLD, [0.1080, 0.0112, 0.0049], 0.1241, 0.659, 0.042, 0.787, (0.263, 0.645)),
+    ],
+)
+def test_quadrants_of_the_docs(threshold, quadrants, energy, radial, transverse, cos2, linear):
+    moments = ternary.ternary_after_relu(threshold)
+    agrees([moments.both_open, moments.closing, moments.opening], quadrants, 4)
+    agrees(moments.energy, energy, 4)
+    agrees([moments.radial_fraction, moments.transverse], [radial, transverse], 3)
+    agrees(moments.flip_fraction, 0.27 if threshold == 0 else 0.13, 2)
+    agrees(ternary.ternary_correlation(threshold) ** 2, cos2, 3)
+    agrees(ternary.ternary_linear_error(threshold), linear, 3)

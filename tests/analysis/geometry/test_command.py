@@ -59,11 +59,44 @@ def test_quick_run_agrees_with_theory(tmp_path):
     assert max(map(abs, judged)) <= 3.5  # of so many, one in ten runs has one beyond 3.3
 
 
-def test_model_flags_need_a_model(capsys):
-    assert analyze.main(["geometry", "--recipes=nvfp4"]) == 1
-    assert "--text and --recipes are of a model: add --model" in capsys.readouterr().err
-    assert analyze.main(["geometry", "--model=x.gguf", "--tokens=1"]) == 1
-    assert "--tokens at least 2, got 4 and 1" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--recipes=nvfp4", "--text=x.txt", "--rows=2", "--tokens=8"])
+def test_model_flags_need_a_model(flag, capsys):
+    assert analyze.main(["geometry", flag]) == 1
+    assert f"{flag.partition('=')[0]}: of a model's measurement; add --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--tokens=1", "--tokens at least 2, got 4 and 1"),
+        ("--rows=0", "--rows must be at least 1 and --tokens at least 2, got 0 and 256"),
+        ("--recipes=", "unknown recipe ''"),
+        ("--recipes=nvfp4,nvfp4", "--recipes=nvfp4,nvfp4 names a recipe twice"),
+        ("--recipes=averis+sr_all", "averis+sr_all draws random bits in the forward"),
+    ],
+)
+def test_model_flags_out_of_range(flag, message, tmp_path, capsys):
+    assert analyze.main(["geometry", "--model=x.gguf", flag, f"--out={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: it must hold at least --rows times --tokens tokens"),
+        (b" \n\n", "is empty"),
+        (b"caf\xe9", "is not UTF-8 (byte 3); convert it"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_text_that_cannot_be_used_fails_before_the_model_is_read(content, message, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    assert analyze.main(["geometry", "--model=no.gguf", f"--text={text}", f"--out={tmp_path / 'out'}"]) == 1
+    error = capsys.readouterr().err
+    assert f"--text={text} {message}" in error and error.count("\n") == 1
 
 
 def test_unknown_recipe_fails_before_the_model_is_read(tmp_path, capsys):
@@ -83,7 +116,9 @@ def test_model_run_on_a_text(tmp_path, monkeypatch, capsys):
     run = ["geometry", f"--model={model}", f"--text={text}", "--rows=2", "--tokens=8", f"--out={tmp_path}"]
     text.write_text("the tale")
     assert analyze.main(run) == 1
-    assert "tokens, 2 rows of 8 were asked for; ask for fewer with --rows and --tokens" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "must hold at least 16 tokens, 2 rows of 8, and has " in error
+    assert "ask for fewer with --rows and --tokens" in error and error.count("\n") == 1
     text.write_text("the tale of two cities, told by a traveller")
     assert analyze.main(run) == 0
     record = json.loads((tmp_path / "model.json").read_text())

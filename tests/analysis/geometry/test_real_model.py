@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fp4jax.analysis.geometry import column_flips, real_model, real_tables
+from fp4jax.analysis.geometry import column_flips, figures, real_figures, real_model, real_tables
 from fp4jax.analysis.geometry.estimates import Estimate
-from fp4jax.analysis.geometry.tables import render
+from fp4jax.analysis.geometry.tables import Grid, render
 from fp4jax.data.tokenizers import load_tokenizer
 from fp4jax.models.llama import Llama, LlamaConfig
 from fp4jax.models.pretrained import LoadedModel
 from fp4jax.models.qwen3 import LINEARS, Qwen3, Qwen3Config
+from fp4jax.models.qwen3_moe import Qwen3MoEConfig
 from fp4jax.policy import policy
 from fp4jax.recipes import recipe
 
@@ -159,12 +160,55 @@ def test_loss_is_the_models(subject):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", real_tables.REAL_EXPERIMENTS, ids=lambda e: e.__name__)
-def test_tables_are_whole(subject, experiment):
-    for grid in experiment(subject, SETTINGS):
+def test_tables_are_whole(subject, experiment, tmp_path):
+    grids = experiment(subject, SETTINGS)
+    drawn = {path.stem for path in figures.draw(grids, tmp_path)}
+    assert drawn == {grid.name for grid in grids} & set(real_figures.FIGURES)
+    if experiment is real_tables.bridge_table:
+        assert [grid.name for grid in grids] == [f"bridge-{what}-{reading}" for what, reading in real_tables._BRIDGES]
+    for grid in grids:
         assert grid.rows and all(len(cells) == len(grid.columns) for _, cells in grid.rows)
         assert grid.title in render(grid)
         numbers = [getattr(c, "value", c) for _, cells in grid.rows for c in cells if c is not None]
         assert np.all(np.isfinite(numbers))
+
+
+def test_column_energies_rank_like_alpha2(subject):
+    """Experiment F keeps a slope for each activation, in the JSON too, and its points are the table's own."""
+    (grid,) = real_tables.energy_table(subject, SETTINGS)
+    first = grid.as_json()["rows"][0]
+    alpha2, energy = grid.points["layer 0, ReLU"]
+    assert (first["Spearman, ReLU"], first["slope, ReLU"]) == real_tables._correlation(alpha2, energy)
+    assert first["slope, ReLU"] != first["slope, SiLU"]
+
+
+def test_columns_of_a_grid_have_names_of_their_own():
+    with pytest.raises(ValueError, match="table x has two columns of one name: a, a"):
+        Grid("x", "title", ("a", "a"), [("row", [1.0, 2.0])])
+
+
+def test_readings_of_a_known_error():
+    y, moved = np.array([3.0, 0.0]), np.array([4.0, 3.0])  # an angle of acos .8
+    d = moved - y
+    sums = np.array([[y @ y], [y @ d], [d @ d]])
+    read = {name: reader(sums) for name, (_, reader) in real_tables._READINGS.items()}
+    assert read == pytest.approx({"radial": 0.1, "size": 10 / 9, "after": 2 * (1 - 0.8)})
+    none = np.array([[1.0], [0.0], [0.0]])
+    assert real_tables._READINGS["radial"][1](none) is None
+
+
+def test_leverage_over_nothing_is_left_out():
+    rises = np.array([0.1, 0.2])
+    assert real_tables._leverage(rises, np.zeros(2)) is None
+    assert real_tables._leverage(rises, rises / 4).value == pytest.approx(4.0)
+
+
+def test_mixture_of_experts_is_refused():
+    config = Qwen3MoEConfig(**SIZES, num_experts=4, num_experts_per_token=2)
+    with pytest.raises(
+        ValueError, match="moe is a mixture of experts; these experiments are of dense layers with self"
+    ):
+        real_tables.Subject.of("moe", LoadedModel(config, {}, load_tokenizer("embedded")), TOKENS)
 
 
 def test_empty_text():
@@ -177,3 +221,4 @@ def test_linear_response_starts_where_the_rise_is_resolved():
     sentence = real_tables._linear_response((0.01, 0.1, 0.2, 1.0), [noise, clear, Estimate(2.1, 0.1, 3), clear])
     assert "from 0.1 on" in sentence and "up to 0.2" in sentence
     assert "do not resolve" in real_tables._linear_response((0.01,), [noise])
+    assert real_tables._linear_response((0.01, 0.1), [noise, clear]).startswith("Only at 0.1 ")

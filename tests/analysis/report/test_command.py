@@ -92,6 +92,11 @@ def test_a_policy_shows_in_the_command(tmp_path, capsys):
     [
         ([], "error: report: the following arguments are required: --config (--help lists the flags)"),
         (["--config=no.py"], "error: --config=no.py: there is no such file"),
+        (["--config=no.py", "--json=/"], "error: --json=/ is a folder; name a file"),
+        (
+            ["--config=no.py", "--json=/nowhere/x.json"],
+            "error: --json=/nowhere/x.json: there is no folder /nowhere; make it, or name another file",
+        ),
         (["--config.recepi=nvfp4"], "error: unknown config key 'recepi'; did you mean 'recipe'?"),
         (
             ["--config=configs/averis_tiny.py", "--config.steps=many"],

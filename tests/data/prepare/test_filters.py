@@ -1,5 +1,7 @@
 """Filters: what counts as mojibake, and which language a text is in."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,5 +61,9 @@ def test_the_language_is_kept():
     assert reason(f"{ENGLISH}\x00\x85\ufdd0", max_mojibake=1.0) is None  # CLD2 itself refuses such characters
     assert reason(f"{ENGLISH} {GERMAN}") == "not in language 'en'"
     assert reason(f"{ENGLISH} {GERMAN}", min_language_share=0.4) is None
-    with pytest.raises(DataError, match="--language=english is unknown; accepted: any, aa, "):
-        reason(ENGLISH, language="english")
+    known = r"is unknown; it is any or one of \d+ codes such as "
+    near = {"english": r"en \(English\)", "ger": r"de \(German\)", "eng": "en", "???": r"en \(English\), de"}
+    for wrong, nearest in near.items():
+        with pytest.raises(DataError, match=f"^--language={re.escape(wrong)} {known}{nearest}") as caught:
+            reason(ENGLISH, language=wrong)
+        assert len(str(caught.value)) < 200

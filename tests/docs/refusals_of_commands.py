@@ -1,0 +1,114 @@
+"""The rows of docs/errors.md about compare, convert, evaluation tasks, sample and files of results."""
+
+import json
+import pathlib
+
+from fp4jax.analysis.health.numbers import load_health
+from fp4jax.comparison import report
+from fp4jax.comparison.plan import Comparison
+from fp4jax.config import default_config
+from fp4jax.data import tokenizer
+from fp4jax.evaluation.subject import open_subject
+from fp4jax.evaluation.task_data import check_files, check_tasks, read_documents
+from fp4jax.evaluation.tasks import _open
+from fp4jax.generation import Sampling
+from fp4jax.models.convert import convert
+from fp4jax.policy import policy
+from fp4jax.training.metrics import read_metrics
+from fp4jax.training.schedule import phases
+from tests.docs.refusals import CASES, Place, refused
+
+
+def comparison(place: Place, **changes) -> Comparison:
+    values = {
+        "config": default_config(), "recipes": ("bf16", "averis"), "seeds": (0,), "baseline": "bf16", "primary": None,
+        "workdir": place.out,
+    }  # fmt: skip
+    return Comparison(**values | changes)
+
+
+def with_schedule(text: str):
+    config = default_config()
+    config.schedule = text
+    return config
+
+
+def write(path: pathlib.Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+CASES |= {
+    # Recipes by layer and by step
+    "an unknown policy": lambda place: policy("all_layers", "averis", []),
+    "a policy file that is no JSON": lambda place: policy(write(place.folder / "scan.json", "{"), "averis", []),
+    "a schedule that ends too early": lambda place: phases(with_schedule("bf16:1%,run:80%")),
+    "a phase without an end": lambda place: phases(with_schedule("bf16,run:100%")),
+    # Comparing
+    "a comparison of one recipe": lambda place: comparison(place, recipes=("bf16",)),
+    "a recipe named twice": lambda place: comparison(place, recipes=("bf16", "bf16")),
+    "a baseline that is not compared": lambda place: comparison(place, baseline="nvfp4"),
+    "a declared pair that is not compared": lambda place: comparison(place, primary=("averis", "mxfp4")),
+    "a report without a comparison": lambda place: report.redraw(place.folder),
+    # Converting
+    "a format that there is not": lambda place: convert("smollm2-135m", str(place.out), format="onnx"),
+    "a recipe where nothing is quantized": lambda place: convert("smollm2-135m", str(place.out), recipe="averis"),
+    "a destination that exists": lambda place: convert("smollm2-135m", write(place.folder / "full", "")),
+    "weights that there are not": lambda place: convert(str(place.folder / "none"), str(place.out)),
+    # Downstream tasks
+    "an unknown task": lambda place: check_tasks(["mmlu"]),
+    "a task without its file": lambda place: check_files(["piqa"], place.folder),
+    "a task's line that is no JSON": lambda place: read_documents(
+        "piqa", pathlib.Path(write(place.folder / "piqa.jsonl", "{"))
+    ),
+    "a task's document without its fields": lambda place: read_documents(
+        "piqa", pathlib.Path(write(place.folder / "piqa.jsonl", '{"goal": ""}'))
+    ),
+    "scores of other settings": lambda place: _open(
+        pathlib.Path(write(place.folder / "tasks.json", '{"settings": {"limit": 20}, "about": {}, "tasks": {}}')),
+        {"limit": None},
+    ),
+    # Sampling
+    "both or neither of a run and a model": lambda place: open_subject(),
+    "a probability that is none": lambda place: Sampling(top_p=2.0),
+    # Tokenizers of one's own
+    "a vocabulary that is too small": lambda place: tokenizer.main(
+        ["train", "--source=embedded", f"--output={place.folder}", "--vocab_size=100"]
+    ),
+    "a tokenizer that is there already": lambda place: tokenizer.main(
+        ["train", "--source=embedded", f"--output={write(place.folder / 'a.json', '')}", "--vocab_size=300"]
+    ),
+    "a flag that there is not": lambda place: tokenizer.main(
+        ["train", "--source=embedded", "--output=a", "--vocab_size=300", "--colour=blue"]
+    ),
+}
+
+
+@refused("a folder of another comparison")
+def _(place: Place) -> None:
+    workdir = place.folder / "comparison"
+    comparison(place, workdir=workdir).declare()
+    comparison(place, workdir=workdir, baseline="averis").declare()
+
+
+@refused("a folder that is no comparison")
+def _(place: Place) -> None:
+    write(place.folder / "letter.txt", "")
+    comparison(place, workdir=place.folder).declare()
+
+
+@refused("numbers of a comparison that are damaged")
+def _(place: Place) -> None:
+    write(place.folder / "comparison.json", json.dumps({"command": ""}))
+    report.redraw(place.folder)
+
+
+@refused("metrics that are damaged")
+def _(place: Place) -> None:
+    write(place.folder / "metrics.jsonl", '{"step": 1}\n{"step": \n{"step": 3}\n')
+    read_metrics(place.folder)
+
+
+@refused("health that was not measured")
+def _(place: Place) -> None:
+    load_health(place.folder)
