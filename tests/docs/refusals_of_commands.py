@@ -1,8 +1,9 @@
-"""The rows of docs/errors.md about compare, convert, evaluation tasks, sample and files of results."""
+"""The rows of docs/errors.md about compare, convert, evaluation tasks, sample, processes and files of results."""
 
 import json
 import pathlib
 
+from fp4jax import distributed
 from fp4jax.analysis.health.numbers import load_health
 from fp4jax.comparison import report
 from fp4jax.comparison.plan import Comparison
@@ -68,6 +69,11 @@ CASES |= {
         pathlib.Path(write(place.folder / "tasks.json", '{"settings": {"limit": 20}, "about": {}, "tasks": {}}')),
         {"limit": None},
     ),
+    # Several processes
+    "flags of a process that are half given": lambda place: distributed.start("10.0.0.1:9876", 2, None),
+    "a coordinator without a port": lambda place: distributed.start("10.0.0.1", 2, 0),
+    "a process that is none of them": lambda place: distributed.start("10.0.0.1:9876", 2, 2),
+    "a run of no process": lambda place: distributed.start("10.0.0.1:9876", 0, 0),
     # Sampling
     "both or neither of a run and a model": lambda place: open_subject(),
     "a probability that is none": lambda place: Sampling(top_p=2.0),
