@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -65,6 +66,8 @@ def start(
                 "--num_processes and --process_id; under SLURM, Open MPI, Kubernetes or on TPUs none of them"
             )
         _check(coordinator, num_processes, process_id)
+        if process_id == 0:
+            _check_port(coordinator)
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
         # By hand means by hand: a launcher that JAX also finds would choose the devices.
         arguments["cluster_detection_method"] = "deactivate"
@@ -79,7 +82,7 @@ def start(
                 heartbeat_timeout_seconds=heartbeat_timeout,
             )
         except jax.errors.JaxRuntimeError as error:
-            _end(f"the coordinator cannot listen at {coordinator} ({_first_line(error)}); choose another port")
+            _end(f"the processes cannot be joined ({_first_line(error)}); is the coordinator's port free?")
         except (RuntimeError, ValueError) as error:
             raise ProcessesError(
                 f"the launcher's processes cannot be joined ({_first_line(error)}); start them by hand: --coordinator, "
@@ -193,6 +196,19 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
         raise ProcessesError(
             f"--process_id={process_id} with --num_processes={num_processes}: it is from 0 to {num_processes - 1}"
         )
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises ProcessesError if the port is taken: JAX's service would crash the process every now and then."""
+    both = socket.has_dualstack_ipv6()
+    family, address = (socket.AF_INET6, "::") if both else (socket.AF_INET, "0.0.0.0")
+    try:
+        port = int(coordinator.rpartition(":")[2])
+        socket.create_server((address, port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ProcessesError(
+            f"--coordinator={coordinator}: process 0 cannot listen there ({error.strerror}); choose another port"
+        ) from error
 
 
 @contextlib.contextmanager
