@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fp4jax.data.pipeline import BatchIterator
+from fp4jax.recipes import list_recipes
 from fp4jax.training import divergence
 from fp4jax.training.divergence import read_events
 from fp4jax.training.incidents import NonFiniteLossError
@@ -124,7 +125,7 @@ EXACT = {
     "accumulation": {"microbatches": 2},
     "phases": {"schedule": "bf16:50%,run:100%"},
     "every product rounded stochastically": {"recipe": "nvfp4+sr_all", "model.dtype": "bfloat16"},
-}
+} | {name: {"recipe": name} for name in list_recipes()}
 
 
 @pytest.mark.slow
