@@ -202,12 +202,13 @@ class _Loop:
     def run(self, done: int) -> None:
         """All steps; goes back where `on_nonfinite` says so."""
         config = self.static.config
-        state, position = self._first_state(done)
         with (
             ProgressBar(self.static.console, config.steps, done, config.log.progress) as bar,
             self.watchdog,
             listening() as request,
         ):
+            self.watchdog.beat("the state that the run begins with")
+            state, position = self._first_state(done)
             stop = Agreement(request, self.static.mesh) if distributed.several() else request.asked
             while (failure := self._run_from(done, state, position, bar, stop)) is not None:
                 # The state that is not finite must be gone before another is restored.
@@ -243,7 +244,8 @@ class _Loop:
                 if running:
                     self._report(running, bar)
                     running = None
-                self.timer.exclude(health.measure(step, state, batch))
+                with self.account.spent_on("health"):
+                    self.timer.exclude(health.measure(step, state, batch))
             state, metrics = train_step(state, batch)
             if running:
                 self._report(running, bar)
@@ -255,11 +257,15 @@ class _Loop:
                 self._wait_for_step(running)
                 start = time.perf_counter()
                 result = self._validate(loss_step, state) if validates else None
-                if saves:
-                    self._save(step, state, batches, last=step == config.steps or stopping is not None)
                 self.timer.exclude(time.perf_counter() - start)
+                # Before the save: what a run that is killed in between has written is dropped when it goes on, and
+                # what it has not written would be missing for good.
                 self._report(running, bar, result)
                 running = None
+                if saves:
+                    start = time.perf_counter()
+                    self._save(step, state, batches, last=step == config.steps or stopping is not None)
+                    self.timer.exclude(time.perf_counter() - start)
             if stopping is not None:
                 raise Preempted(stopping, step)
 
