@@ -279,6 +279,8 @@ class Checkpointer:
             if distributed.is_first():
                 for unfinished in self.directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
+            # Orbax counts the failed one among the saved ones, and would keep it for one that is on the disk.
+            self._manager.reload()
             raise
 
     def _what_is_left(self) -> str:
