@@ -9,7 +9,6 @@ replaced `lax.dot_general` would stay in them.
 """
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -69,16 +68,23 @@ def arguments_as_jax(tree):
     return as_jax(tree, is_leaf=lambda node: not isinstance(node, list | tuple | dict))
 
 
-@functools.cache
-def report_no_product(where: str) -> None:
-    """Says so once."""
-    _log.warning("%s owns a weight and multiplied nothing by it: nothing of it runs under its recipe", where)
+_told: set[tuple] = set()  # by models that remember nothing between their calls
 
 
-@functools.cache
-def report_left(paths: tuple[str, ...], why: str) -> None:
-    """Says once which modules own weights that stay in high precision."""
-    _log.warning("weights left in high precision: %s: %s", why, ", ".join(paths))
+def report_no_product(where: str, told: set[tuple] = _told) -> None:
+    """Says so, if `told` has not seen it said; give every model a set of its own."""
+    _warn_once(told, "%s owns a weight and multiplied nothing by it: nothing of it runs under its recipe", where)
+
+
+def report_left(paths: tuple[str, ...], why: str, told: set[tuple] = _told) -> None:
+    """Says which modules own weights that stay in high precision, if `told` has not seen it said."""
+    _warn_once(told, "weights left in high precision: %s: %s", why, ", ".join(paths))
+
+
+def _warn_once(told: set[tuple], *message: str) -> None:
+    if message not in told:
+        told.add(message)
+        _log.warning(*message)
 
 
 def _is_array(leaf) -> bool:

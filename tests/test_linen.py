@@ -1,5 +1,8 @@
 """The slot in flax.linen: a layer with it is the product with the layer's own key."""
 
+import copy
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -326,3 +329,115 @@ def test_the_report_shows_what_interception_cannot_tell(caplog):
     assert "model owns a weight and multiplied nothing by it" in caplog.text
     assert "1 of 2 products" in str(report) and "not given to fp4jax (1)" in str(report)
     assert "params.params.w" in str(report)
+
+
+class CastInSetup(nn.Module):
+    """A weight that is an attribute in another dtype, and beside it a weight and a mask that are none of this."""
+
+    def setup(self):
+        self.raw = self.param("raw", nn.initializers.ones, (24, 24))
+        self.mask = jnp.tri(24)
+        self.w = self.param("w", nn.initializers.ones, (24, 40)).astype(jnp.bfloat16)
+
+    def __call__(self, x):
+        return (x @ self.raw @ self.mask).astype(jnp.bfloat16) @ self.w
+
+
+def test_a_weight_that_setup_has_cast_is_said_with_the_cure(caplog):
+    params = jax.eval_shape(CastInSetup().init, jax.random.key(0), X)
+    fp4jax.linen.quantize(CastInSetup(), "nvfp4+nearest").layers(params, X)
+    assert caplog.messages == [
+        "weights left in high precision: setup changes the weight in w, which is not followed: cast or reshape it in "
+        "__call__: model"
+    ]
+
+
+class SetUp(nn.Module):
+    def setup(self):
+        self.w = self.param("w", nn.initializers.ones, (24, 24))
+
+    def __call__(self, x):
+        return self.twice(x)
+
+    def twice(self, x):
+        return x @ self.w @ self.w
+
+
+class Derived(nn.Dense):
+    def __call__(self, x):
+        return nn.relu(super().__call__(x))
+
+
+def test_layers_written_in_setup_or_derived_are_no_reason_for_warnings(caplog):
+    for model in (SetUp(), Derived(24)):
+        params = jax.eval_shape(model.init, jax.random.key(0), X)
+        assert set(fp4jax.linen.quantize(model, "nvfp4+nearest").layers(params, X)) == {"model"}
+    assert not caplog.messages
+
+
+def test_every_model_is_warned_about_once(caplog):
+    params = jax.eval_shape(TableAndUp().init, jax.random.key(0), X)
+    for count in (1, 2):
+        model = fp4jax.linen.quantize(TableAndUp(), "nvfp4+nearest")
+        for _ in range(2):
+            model.layers(params, X)
+            jax.eval_shape(model.apply, params, X)
+        assert sum("multiplied nothing" in message for message in caplog.messages) == count
+        assert sum("method decode" in message for message in caplog.messages) == count
+
+
+class Switched(nn.Module):
+    """Takes a Python flag, and has a method that needs no variables."""
+
+    @nn.compact
+    def __call__(self, x, double, scale=None):
+        return nn.Dense(24, name="up")(2 * x if double else x)
+
+    def helper(self, number):
+        return number + 1
+
+
+def test_layers_takes_what_apply_takes():
+    params = jax.eval_shape(functools.partial(Switched().init, double=True), jax.random.key(0), X)
+    model = fp4jax.linen.quantize(Switched(), "averis+sr_all")
+    assert set(model.layers(params, X, True)) == {"up"}
+    assert set(model.layers(params, X, double=False, scale=X, rngs={"fp4": KEY}, mutable=["intermediates"])) == {"up"}
+    with pytest.raises(ValueError, match="averis.sr_all rounds stochastically in the forward"):
+        jax.eval_shape(lambda params, x: model.apply(params, x, True), params, X)
+
+
+def test_a_method_of_an_unbound_module_runs():
+    assert fp4jax.linen.quantize(Switched(), "averis").helper(1) == 2
+
+
+def test_a_quantized_model_can_be_copied():
+    model = fp4jax.linen.quantize(nn.Dense(24), "nvfp4+nearest")
+    for other in (copy.copy(model), copy.deepcopy(model)):
+        assert other.policy == model.policy and other.module.features == 24
+    assert not hasattr(model, "__jax_array__")
+
+
+class Integers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", lambda key, shape: jnp.ones(shape, jnp.int8), (24, 8))
+        numbers = (((2,), (0,)), ((), ()))
+        y = jax.lax.dot_general(x.astype(jnp.int8), w, numbers, preferred_element_type=jnp.int32)
+        return nn.Dense(24, name="up")(y.astype(x.dtype))
+
+
+def test_a_rule_helps_a_layer_of_integers():
+    model, params = Integers(), Integers().init(jax.random.key(0), X)
+    quantized = fp4jax.linen.quantize(model, "bf16")
+    assert_identical(quantized.apply(params, X), model.apply(params, X))
+    layers = fp4jax.linen.quantize(model, fp4jax.Policy.of(("up", "nvfp4+nearest"), ("model", "bf16"))).layers(
+        params, X
+    )
+    assert {path: recipe.name for path, recipe in layers.items()} == {"model": "bf16", "up": "nvfp4+nearest"}
+
+
+def test_a_misspelt_rule_is_found_when_call_is_named():
+    params = jax.eval_shape(nn.Dense(24).init, jax.random.key(0), X)
+    model = fp4jax.linen.quantize(nn.Dense(24), fp4jax.Policy.of(("mlp", "averis"), (".", "nvfp4+nearest")))
+    with pytest.raises(ValueError, match="rule 'mlp' matches none"):
+        jax.eval_shape(lambda params: model.apply(params, X, method="__call__"), params)
