@@ -38,7 +38,9 @@ def trace(function, args: tuple, kwargs: dict) -> Traced:
             "for a module that is lambda module, x: module(x), with the module as an argument"
         )
     leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_module)
-    is_jitted = isinstance(function, jax.stages.Wrapped) and hasattr(function, "trace")
+    # The trace of `nnx.jit` does not say what its arguments are.
+    is_flax = type(function).__module__.startswith("flax.")
+    is_jitted = isinstance(function, jax.stages.Wrapped) and hasattr(function, "trace") and not is_flax
     if is_jitted and not any(_is_module(leaf) for _, leaf in leaves):
         traced = function.trace(*args, **kwargs)
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(traced.args_info)[0]]

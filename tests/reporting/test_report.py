@@ -250,6 +250,19 @@ def test_one_line_for_layers_and_attention():
     assert attention == ["backward"] * 4 + ["forward"] * 2
 
 
+def test_static_arguments_take_no_name_from_arrays():
+    def forward(scale, x, flag, params, *more):
+        return x @ params["w"] * scale @ (more[0] if flag else more[1])
+
+    args = 2, array(16, 32), False, {"w": array(32, 32)}, array(32, 8), array(32, 4)
+    rows = traced(jax.jit(forward, static_argnums=(0, 2)), *args).rows
+    assert [row.layer for row in rows] == ["params.w", "more.1"]
+    by_name = jax.jit(lambda x, flag, w: x @ w if flag else x, static_argnames="flag")
+    assert [row.layer for row in traced(by_name, args[1], True, w=array(32, 8)).rows] == ["w"]
+    by_nnx = nnx.jit(lambda flag, w, x: jnp.tanh(x) @ w if flag else x, static_argnums=0)
+    assert [row.layer for row in traced(by_nnx, True, array(32, 8), array(16, 32)).rows] == ["w"]
+
+
 def test_remat_shows_what_runs_again():
     def loss(w, x, key):
         layer = jax.checkpoint(lambda x, w: jnp.tanh(product(x, w, key=key)))
