@@ -90,7 +90,8 @@ def quantize(
 ) -> "Quantized":
     """A whole model under a policy: to be initialized and applied as `module` is, with the same variables.
 
-    >>>     >>> model, x = quantize(nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(16)]), "averis"), jnp.ones((4, 64))
+    >>> import jax.numpy as jnp
+    >>> model, x = quantize(nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(16)]), "averis"), jnp.ones((4, 64))
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
     >>> {path: recipe.name for path, recipe in model.layers(variables, x).items()}
     {'layers_0': 'averis', 'layers_2': 'averis'}
