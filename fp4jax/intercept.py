@@ -8,14 +8,14 @@ all found, attention products never are, and nothing is guessed from shapes. Wha
 replaced `lax.dot_general` would stay in them.
 """
 
-import functools
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 from fp4jax.equation import dot_general_in_any_order
 from fp4jax.origins import CONSTANT, INLINED, REMATERIALIZED, Follower, Origin, Source, is_product
@@ -68,20 +68,34 @@ def arguments_as_jax(tree):
     return as_jax(tree, is_leaf=lambda node: not isinstance(node, list | tuple | dict))
 
 
-@functools.cache
-def report_no_product(where: str) -> None:
-    """Says so once."""
-    _log.warning("%s owns a weight and multiplied nothing by it: nothing of it runs under its recipe", where)
+_told: set[tuple] = set()  # by models that remember nothing between their calls
 
 
-@functools.cache
-def report_left(paths: tuple[str, ...], why: str) -> None:
-    """Says once which modules own weights that stay in high precision."""
-    _log.warning("weights left in high precision: %s: %s", why, ", ".join(paths))
+def report_no_product(where: str, told: set[tuple] = _told) -> None:
+    """Says so, if `told` has not seen it said; give every model a set of its own."""
+    _warn_once(told, "%s owns a weight and multiplied nothing by it: nothing of it runs under its recipe", where)
+
+
+def report_left(paths: tuple[str, ...], why: str, told: set[tuple] = _told) -> None:
+    """Says which modules own weights that stay in high precision, if `told` has not seen it said."""
+    _warn_once(told, "weights left in high precision: %s: %s", why, ", ".join(paths))
+
+
+def _warn_once(told: set[tuple], *message: str) -> None:
+    if message not in told:
+        told.add(message)
+        _log.warning(*message)
 
 
 def _is_array(leaf) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def _where_it_was_written(equation) -> contextlib.AbstractContextManager:
+    """Keeps an equation's scopes and line, by which profiles and `fp4jax.report` know it."""
+    written = equation.source_info
+    name_stack = source_info_util.current_name_stack() + written.name_stack
+    return source_info_util.user_context(written.traceback, name_stack=name_stack)
 
 
 class _Evaluation:
@@ -102,7 +116,7 @@ class _Evaluation:
         known.update(zip(jaxpr.invars, zip(args, arg_sources, strict=True), strict=True))
         for equation in jaxpr.eqns:
             values, sources = zip(*map(read, equation.invars), strict=True) if equation.invars else ((), ())
-            with equation.ctx.manager:
+            with _where_it_was_written(equation), equation.ctx.manager:
                 results, result_sources = self.equation(equation, values, sources)
             known.update(zip(equation.outvars, zip(results, result_sources, strict=True), strict=True))
         pairs = [read(atom) for atom in jaxpr.outvars]
@@ -118,8 +132,7 @@ class _Evaluation:
             return self._rematerialized(params, values, sources)
         result_sources = self.follower.equation(equation, sources)
         if is_product(equation, sources):
-            with jax.named_scope(str(equation.source_info.name_stack) or "linear"):
-                return [self._multiply(*values, sources, **params)], result_sources
+            return [self._multiply(*values, sources, **params)], result_sources
         bound = equation.primitive.get_bind_params(params)
         # Before JAX 0.12 a pair: functions that were parameters, and the rest.
         subfunctions, bound = bound if isinstance(bound, tuple) else ((), bound)

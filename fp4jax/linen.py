@@ -14,8 +14,9 @@ import logging
 
 import flax.linen as nn
 import jax
+import numpy as np
 
-from fp4jax import intercept
+from fp4jax import intercept, scopes
 from fp4jax.dot import dot_general
 from fp4jax.policy import Policy, as_policy, describe
 from fp4jax.recipes import Recipe, as_recipe
@@ -25,6 +26,7 @@ RNG_STREAM = "fp4"
 # Own weights of two axes or more which they do not multiply by, or multiply as something else than a matrix.
 _NOT_LINEAR = (nn.Embed, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm, nn.GroupNorm)
 _ROOT = "model"  # the path of a model that is itself one layer
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 _log = logging.getLogger("fp4jax")
 
 # Part of the key of JAX's caches. `nn.jit` keeps what it traced by module and shapes, which are the same with and
@@ -128,10 +130,13 @@ class Quantized:
     gemm: str
     # Products of every layer met so far, by path. Calls that find their program in a cache meet none.
     _seen: dict[str, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _told: set[tuple] = dataclasses.field(default_factory=set, repr=False)  # warnings that were logged
 
     def __getattr__(self, name: str):
+        if name.startswith("__") or name == "module":  # as copies and pickles ask before there are fields
+            raise AttributeError(name)
         value = getattr(self.module, name)
-        if name.startswith("__") or not callable(value):
+        if not callable(value):
             return value
 
         @functools.wraps(value)
@@ -151,12 +156,13 @@ class Quantized:
         """`module.apply`.
 
         Raises:
-          ValueError: a whole model has no linear layer, or a rule of the policy matches none.
+          ValueError: a whole model (no other `method` than "__call__") has no linear layer, or a rule of the policy
+            matches none.
         """
         args, kwargs = intercept.arguments_as_jax((args, kwargs))
         with self._intercepted():
             result = self.module.apply(intercept.as_jax(variables), *args, rngs=rngs, method=method, **kwargs)
-        if method is None:
+        if method in (None, "__call__"):
             self._check()
         return result
 
@@ -167,14 +173,21 @@ class Quantized:
           ValueError: as `apply`.
         """
         fresh = dataclasses.replace(self)  # has met nothing and traces everything
-        with fresh._intercepted():
-            jax.eval_shape(functools.partial(self.module.apply, **kwargs), variables, *args)
+        leaves, tree = jax.tree.flatten(((variables, *args), kwargs))
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)}
+
+        def apply(arrays):
+            args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+            return self.module.apply(*args, **kwargs)
+
+        with fresh._intercepted(shapes_only=True):
+            jax.eval_shape(apply, arrays)
         fresh._check()
         return {path: self.policy.recipe_for(path) for path in fresh._seen}
 
     @contextlib.contextmanager
-    def _intercepted(self):
-        with _QUANTIZED(self), nn.intercept_methods(_Interceptor(self, self._seen)):
+    def _intercepted(self, shapes_only: bool = False):
+        with _QUANTIZED(self), nn.intercept_methods(_Interceptor(self, self._seen, shapes_only)):
             yield
 
     def _check(self) -> None:
@@ -191,23 +204,26 @@ class _Interceptor:
 
     Attributes:
       seen: products of every layer by its path, filled as layers are called.
+      shapes_only: nothing is computed, and a missing random stream is no error.
       running: the paths of the layers whose calls are under way.
     """
 
     model: Quantized
     seen: dict[str, int]
+    shapes_only: bool
     running: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(self, method, args, kwargs, context):
-        module = context.module
-        if module.is_initializing() or not _may_be_linear(module):
+        module, name = context.module, context.method_name
+        if module.scope is None or module.is_initializing() or not _may_be_linear(module):
             return method(*args, **kwargs)
         path = ".".join(module.path) or _ROOT
         recipe = self.model.policy.recipe_for(path)
-        if context.method_name != "__call__":
-            if path not in self.running and not recipe.is_high_precision:
-                intercept.report_left((path,), f"its method {context.method_name} is not __call__ and stays as it is")
-            return method(*args, **kwargs)
+        if name != "__call__":
+            result = method(*args, **kwargs)
+            if not recipe.is_high_precision:
+                self._report_left(module, path, name)
+            return result
         self.running.append(path)
         try:
             return self._run(module, path, recipe, method, args, kwargs)
@@ -228,13 +244,29 @@ class _Interceptor:
         state.write(changes)
         if replaced:
             self.seen[path] = self.seen.get(path, 0) + replaced
-        elif not recipe.is_high_precision:
-            intercept.report_no_product(path)
+        elif not recipe.is_high_precision and path not in self.seen and self.running.count(path) == 1:
+            intercept.report_no_product(path, self.model._told)  # nor did a call of the same layer, as `super()`'s
         return result
 
+    def _report_left(self, module: nn.Module, path: str, method_name: str) -> None:
+        if method_name == "setup":
+            for name in _changed_in_setup(module):
+                why = f"setup changes the weight in {name}, which is not followed: cast or reshape it in __call__"
+                intercept.report_left((path,), why, self.model._told)
+        elif path not in self.running:
+            why = f"its method {method_name} is not __call__ and stays as it is"
+            intercept.report_left((path,), why, self.model._told)
+
     def _product(self, module: nn.Module, recipe: Recipe, lhs, rhs, dimension_numbers, **options):
-        stream, draws = self.model.rng_stream, recipe.forward_draws or recipe.gradient_draws
-        key = module.make_rng(stream) if draws and module.has_rng(stream) else None
+        if recipe.is_high_precision:  # as it was written, integers too
+            with scopes.of_recipe(recipe.name):
+                return jax.lax.dot_general(lhs, rhs, dimension_numbers, **options)
+        stream, key = self.model.rng_stream, None
+        if recipe.forward_draws or recipe.gradient_draws:
+            if module.has_rng(stream):
+                key = module.make_rng(stream)
+            elif self.shapes_only:
+                key = jax.random.key(0)
         return dot_general(
             lhs, rhs, dimension_numbers, recipe=recipe, key=key, backend=self.model.backend, gemm=self.model.gemm,
             **options,
@@ -282,7 +314,20 @@ def _own_weights(module: nn.Module) -> list[jax.Array]:
     return [leaf for value in own.values() if not isinstance(value, dict) for leaf in jax.tree.leaves(value)]
 
 
+def _changed_in_setup(module: nn.Module) -> list[str]:
+    """Attributes that `setup` has made of a weight which it has not kept itself, as their sizes tell."""
+    fields = {field.name for field in dataclasses.fields(module)}
+    made = {name: jax.tree.leaves(value) for name, value in vars(module).items() if name not in fields}
+    kept = {id(leaf) for leaves in made.values() for leaf in leaves}
+    changed = {weight.size for weight in _own_weights(module) if weight.ndim >= 2 and id(weight) not in kept}
+    own = {id(weight) for weight in _own_weights(module)}
+    return [
+        name for name, leaves in made.items()
+        if any(isinstance(leaf, jax.Array) and id(leaf) not in own and leaf.size in changed for leaf in leaves)
+    ]  # fmt: skip
+
+
 def _may_be_linear(module: nn.Module) -> bool:
-    if isinstance(module, (*_NOT_LINEAR, DotGeneral)) or module.scope is None:
+    if isinstance(module, (*_NOT_LINEAR, DotGeneral)):
         return False
     return any(weight.ndim >= 2 for weight in _own_weights(module))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import source_info_util
 
 import fp4jax
 from fp4jax import intercept
@@ -79,6 +80,18 @@ def test_others_are_not(function):
     y, replaced = run(function)
     assert replaced == 0 and not doubled.calls
     np.testing.assert_allclose(y, function(X, W), rtol=2e-5)
+
+
+def test_every_equation_keeps_its_scopes_and_its_line():
+    def function():
+        with jax.named_scope("mine"):
+            return jax.jit(lambda x: jnp.sin(x) @ W)(X)
+
+    jaxpr = jax.make_jaxpr(lambda: intercept.call(function, [W], doubled, "layer")[0])()
+    assert [equation.primitive.name for equation in jaxpr.eqns] == ["sin", "dot_general", "mul"]
+    assert {str(equation.source_info.name_stack) for equation in jaxpr.eqns} == {"mine"}
+    for equation in jaxpr.eqns:
+        assert "<lambda>" in source_info_util.summarize(equation.source_info)
 
 
 def test_attention_beside_its_projection():

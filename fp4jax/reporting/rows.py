@@ -103,25 +103,40 @@ def _layers(products: Sequence[Product]) -> list[tuple[str, str, str]]:
     forward = collections.defaultdict(list)
     for product in products:
         if (product.scope.gemm or "fprop") == "fprop" and not _is_backward(product) and not _is_recomputed(product):
-            forward[_key(product)].append(_weights(product))
-    weight_gradients = collections.defaultdict(int)
+            forward[_key(product)].append(product)
+    weight_gradients = collections.Counter()
     found = []
     for product in products:
-        key = _key(product)
-        candidates = forward.get(key) or [_weights(product)]
-        gemm = product.scope.gemm
-        if gemm is None and candidates[0] is None:
-            direction = "backward" if _is_backward(product) else "forward"
+        gemm, own = product.scope.gemm, _weights(product)
+        backward = _is_backward(product) or gemm in ("dgrad", "wgrad")
+        candidates = _candidates(product, forward[_key(product)]) if backward else [own]
+        if gemm is None and not any(candidates):
+            direction = "backward" if backward else "forward"
             found.append((_source(product), direction, "not a layer: activation x activation"))
             continue
-        own = _weights(product)
-        gemm = gemm or ("fprop" if not _is_backward(product) else "dgrad" if own in candidates else "wgrad")
+        gemm = gemm or ("fprop" if not backward else "dgrad" if own in candidates else "wgrad")
         if gemm == "wgrad":  # the backward takes layers in the opposite order
-            index = weight_gradients[key]
-            weight_gradients[key] += 1
-            own = candidates[-1 - index % len(candidates)]
+            taken = _key(product), tuple(candidates)
+            own = candidates[-1 - weight_gradients[taken] % len(candidates)]
+            weight_gradients[taken] += 1
         found.append((_layer_name(own) or _source(product), gemm, ""))
     return found
+
+
+def _candidates(product: Product, forward: Sequence[Product]) -> list[Origin | None]:
+    """The weights of the forward products whose backward a product may be; None where these have none.
+
+    Forward products with one key may be layers and attention. A gradient has an operand of its forward product, and
+    its FLOPs.
+    """
+    weights = [_weights(other) for other in forward]
+    if None in weights and any(weights):
+        weights = [
+            own for other, own in zip(forward, weights, strict=True)
+            if other.flops == product.flops and set(other.shapes) & set(product.shapes)
+        ]  # fmt: skip
+        weights = [*filter(None, weights)] or [None]
+    return weights or [_weights(product)]
 
 
 def _weights(product: Product) -> Origin | None:

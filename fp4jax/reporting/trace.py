@@ -38,14 +38,18 @@ def trace(function, args: tuple, kwargs: dict) -> Traced:
             "for a module that is lambda module, x: module(x), with the module as an argument"
         )
     leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_module)
-    is_jitted = isinstance(function, jax.stages.Wrapped) and hasattr(function, "trace")
+    # The trace of `nnx.jit` does not say what its arguments are.
+    is_flax = type(function).__module__.startswith("flax.")
+    is_jitted = isinstance(function, jax.stages.Wrapped) and hasattr(function, "trace") and not is_flax
     if is_jitted and not any(_is_module(leaf) for _, leaf in leaves):
         traced = function.trace(*args, **kwargs)
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(traced.args_info)[0]]
+        positional = _positions_of_arrays(paths, traced.jaxpr.debug_info.arg_names)
     else:
         traced, paths = _trace_taken_apart(function, leaves, tree)
+        positional = _positions(function)
     name = getattr(function, "__name__", type(function).__name__)
-    return Traced(name, traced.jaxpr, _names(paths, function), traced.lower)
+    return Traced(name, traced.jaxpr, _names(paths, positional), traced.lower)
 
 
 def _is_module(leaf) -> bool:
@@ -71,14 +75,26 @@ def _trace_taken_apart(function: Callable, leaves: Sequence[tuple], tree) -> tup
     return jax.jit(pure).trace(state, arrays), paths
 
 
-def _names(paths: Sequence[tuple], function: Callable) -> tuple[str, ...]:
-    """Names from paths into (args, kwargs)."""
+def _positions(function: Callable) -> dict[int, str]:
+    """The names of the parameters that take positional arguments."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # built in
         parameters = ()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    positional = dict(enumerate(named))
+    return dict(enumerate(named))
+
+
+def _positions_of_arrays(paths: Sequence[tuple], names: Sequence[str]) -> dict[int, str]:
+    """Those of a jitted function, counted without its static arguments; `names` are JAX's, "params['w']"."""
+    return {
+        path[1].idx: name.removesuffix(jax.tree_util.keystr(path[2:])).replace("[", ".").replace("]", "")
+        for path, name in zip(paths, names, strict=True) if not path[0].idx
+    }  # fmt: skip
+
+
+def _names(paths: Sequence[tuple], positional: dict[int, str]) -> tuple[str, ...]:
+    """Names from paths into (args, kwargs)."""
 
     def name(path) -> str:
         is_keyword, first, *rest = map(_key, path)

@@ -172,6 +172,97 @@ def test_nnx(jit, abstract):
     assert set(found["model.layers.1"]) == GEMMS
 
 
+class Vision(nn.Module):
+    """A model whose root owns a matrix that it multiplies nothing by: the whole of it is traced as one layer."""
+
+    positions: bool
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(64, 32, name="embed")
+        x = embed(tokens)
+        if self.positions:
+            x = x + self.param("positions", nn.initializers.normal(), (16, 32))
+        q, k, v = (nn.Dense(32, name=name)(x) for name in "qkv")
+        x = jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+        return embed.attend(nn.Dense(32, name="high")(x))
+
+
+class NnxVision(nnx.Module):
+    def __init__(self, positions, rngs):
+        self.embed = nnx.Embed(64, 32, rngs=rngs)
+        self.positions = nnx.Param(jnp.ones((16, 32))) if positions else None
+        self.q, self.k, self.v, self.high = (nnx.Linear(32, 32, rngs=rngs) for _ in range(4))
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions[...]
+        q, k, v = (layer(x) for layer in (self.q, self.k, self.v))
+        x = jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+        return self.embed.attend(self.high(x))
+
+
+def report_of_vision(library, positions):
+    policy = fp4jax.Policy.of(("high", "bf16"), (".", "nvfp4+nearest"))
+    tokens = array(2, 16, dtype=jnp.int32)
+    if library == "linen":
+        model = fp4jax.linen.quantize(Vision(positions), policy)
+        params = jax.eval_shape(model.init, KEY, tokens)["params"]
+        return traced(
+            jax.grad(lambda params, tokens: jnp.sum(model.apply({"params": params}, tokens) ** 2)), params, tokens
+        )
+    model = NnxVision(positions, nnx.Rngs(0))
+    fp4jax.nnx.quantize(model, policy)
+
+    def loss(params, tokens):
+        return nnx.grad(lambda params: jnp.sum(params(tokens) ** 2))(params)
+
+    return traced(loss, model, tokens)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_root_that_owns_a_matrix_leaves_its_layers_their_names(library):
+    with_positions, without = (report_of_vision(library, positions) for positions in (True, False))
+    assert with_positions.rows == without.rows
+    found = by_layer(with_positions)
+    assert set(found) == {"params.q", "params.k", "params.v", "params.high", "params.embed.embedding"}
+    assert all(set(rows) == GEMMS for rows in found.values())
+    assert {row.layer for row in with_positions.fp4} == {"params.q", "params.k", "params.v"}
+    assert found["params.high"]["fprop"].reason == ("recipe bf16" if library == "linen" else "not given to fp4jax")
+    assert sum(row.reason == "not a layer: activation x activation" for row in with_positions.rows) == 2 + 4
+
+
+def test_one_line_for_layers_and_attention():
+    def multiply(a, b):
+        return a @ b
+
+    def loss(params, x):
+        x = jnp.tanh(multiply(x, params["a"]))
+        scores = multiply(x, x.T)
+        return jnp.sum(multiply(scores, jnp.tanh(multiply(x, params["b"]))) ** 2)
+
+    report = traced(jax.value_and_grad(loss), {"a": array(16, 16), "b": array(16, 16)}, array(24, 16))
+    found = by_layer(report)
+    assert {layer: set(rows) for layer, rows in found.items()} == {"params.a": {"fprop", "wgrad"}, "params.b": GEMMS}
+    attention = sorted(row.gemm for row in report.rows if row.gemm not in GEMMS)
+    assert attention == ["backward"] * 4 + ["forward"] * 2
+
+
+def test_static_arguments_take_no_name_from_arrays():
+    def forward(scale, x, flag, params, *more):
+        return x @ params["w"] * scale @ (more[0] if flag else more[1])
+
+    args = 2, array(16, 32), False, {"w": array(32, 32)}, array(32, 8), array(32, 4)
+    rows = traced(jax.jit(forward, static_argnums=(0, 2)), *args).rows
+    assert [row.layer for row in rows] == ["params.w", "more.1"]
+    by_name = jax.jit(lambda x, flag, w: x @ w if flag else x, static_argnames="flag")
+    assert [row.layer for row in traced(by_name, args[1], True, w=array(32, 8)).rows] == ["w"]
+    by_nnx = nnx.jit(lambda flag, w, x: jnp.tanh(x) @ w if flag else x, static_argnums=0)
+    assert [row.layer for row in traced(by_nnx, True, array(32, 8), array(16, 32)).rows] == ["w"]
+
+
 def test_remat_shows_what_runs_again():
     def loss(w, x, key):
         layer = jax.checkpoint(lambda x, w: jnp.tanh(product(x, w, key=key)))
