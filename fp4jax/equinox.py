@@ -57,8 +57,15 @@ class Quantized(eqx.Module):
             )  # fmt: skip
 
         module = intercept.as_jax(self.module)
-        args, kwargs = intercept.arguments_as_jax((args, kwargs))
-        result, replaced = intercept.call(lambda: module(*args, **kwargs), _own_weights(module), product, self.path)
+        arguments = intercept.arguments_as_jax((args, kwargs))
+        leaves, structure = jax.tree.flatten(arguments)
+
+        def call():
+            result = module(*arguments[0], **arguments[1])
+            intercept.check_arguments(arguments, leaves, structure, self.path)
+            return result
+
+        result, replaced = intercept.call(call, _own_weights(module), product, self.path)
         if not replaced:
             intercept.report_no_product(self.path)
         return result
