@@ -77,6 +77,7 @@ def test_a_product_with_a_weight_is_replaced(function):
         lambda x, w: x + w[:1],
         lambda x, w: (x * jax.lax.cond(x[0, 0] > 0, lambda: w[0], lambda: w[1])[None]) @ x.T,  # a vector chosen by data
         lambda x, w: (x[..., None] * w[None]).sum(-2) @ x.T,
+        lambda x, w: jnp.einsum("td,tdf->tf", x, w[None] * x[:, :1, None]),  # looks as an activation with a scale does
         lambda x, w: jnp.einsum("td,sd,sk->tk", x, x, x),
     ],
 )
