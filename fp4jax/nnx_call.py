@@ -6,8 +6,8 @@ added (random streams, running statistics, what `sow` keeps) are written back to
 be lost, and is refused.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ def call(
     arrays = intercept.as_jax(stored)
     known = {id(old): new for old, new in zip(stored, arrays, strict=True)}
     state = jax.tree.unflatten(tree, arrays)
-    paths = []
+    lists, paths = _plain_lists(graph), []
 
     def function():
         copy, *copies = copied = nnx.merge(graph, state, copy=True)
@@ -48,6 +48,7 @@ def call(
         intercept.check_arguments(arguments, given, structure, where, _is_node)
         changed = _changed(state, copied)
         _check_attributes(graph, state, copied, where)
+        _check_lists(lists, _plain_lists(graph), where)
         paths[:] = changed
         return result, [*changed.values()]
 
@@ -89,10 +90,32 @@ def _check_attributes(graph, state, copied, where: str) -> None:
     now, _ = nnx.split(copied)
     if now == graph:
         return
-    pairs = itertools.zip_longest(now.attributes, graph.attributes)
-    names = [(new or old)[0] for new, old in pairs if new != old]
-    name = next((name for name in names if not str(name).startswith("_pytree__")), "of a list")
-    raise ValueError(
+    raise _lost(where, next(_differences(now.attributes, graph.attributes), "of a list"))
+
+
+def _differences(now: list, before: list) -> Iterator[str]:
+    """The names of attributes that were set, added or deleted."""
+    keys, old_keys = (collections.Counter(str(key) for key, _ in attributes) for attributes in (now, before))
+    moved = (keys - old_keys) + (old_keys - keys)
+    unequal = moved or [str(key) for (key, new), (_, old) in zip(now, before, strict=True) if new != old]
+    return (name for name in unequal if not name.startswith("_pytree__"))
+
+
+def _plain_lists(graph) -> list[tuple[str, list]]:
+    """(name, leaves) of the lists and dictionaries that are plain attributes: these are shared with the copies."""
+    values = ((str(key), getattr(attribute, "value", None)) for key, attribute in graph.attributes)
+    return [(name, jax.tree.leaves(value)) for name, value in values if isinstance(value, list | dict)]
+
+
+def _check_lists(before: list, now: list, where: str) -> None:
+    for (name, old), (_, new) in zip(before, now, strict=True):
+        known = {id(leaf) for leaf in old}
+        if any(isinstance(leaf, jax.core.Tracer) and id(leaf) not in known for leaf in new):
+            raise _lost(where, name)
+
+
+def _lost(where: str, name: str) -> ValueError:
+    return ValueError(
         f"{where} changes the attribute {name!r} in its call, which is no nnx.Variable and which a traced call loses: "
         "keep it in one that __init__ makes, or leave the layer out by a rule (its path, 'bf16') before the others"
     )

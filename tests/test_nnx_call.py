@@ -35,6 +35,7 @@ class Layer(nnx.Module):
         self.steps = 0
         self.dropout = nnx.Dropout(0.5)
         self.kept = nnx.List([])
+        self.log = []
         self.inner = nnx.List([])
 
     def __call__(self, x, argument=None):
@@ -98,6 +99,16 @@ def keep(layer, y, _):
     return y
 
 
+def delete(layer, y, _):
+    del layer.steps
+    return y
+
+
+def record(layer, y, _):
+    layer.log.append(y)
+    return y
+
+
 def append(layer, y, argument):
     argument["losses"].append(jnp.sum(y))
     return y
@@ -113,7 +124,9 @@ def assign(layer, y, argument):
     [
         (add, "^model changes the attribute 'steps' in its call, .*by a rule"),
         (store, "^model changes the attribute 'last' in its call"),
-        (keep, "^model changes the attribute 0 in its call"),
+        (delete, "^model changes the attribute 'steps' in its call"),
+        (keep, "^model changes the attribute '0' in its call"),
+        (record, "^model changes the attribute 'log' in its call"),
         (append, "^model changes a list or dictionary among its arguments in place.*return what it adds"),
         (assign, "^model changes a list or dictionary among its arguments in place"),
     ],
