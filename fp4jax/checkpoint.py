@@ -154,7 +154,7 @@ class Checkpointer:
         Raises:
           StorageError: this save, or the one before it that was still being written, failed.
         """
-        if step in self.steps():
+        if distributed.from_first(int(step in self.steps())):  # whose list the others' may lag behind
             return
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -246,13 +246,15 @@ class Checkpointer:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} is damaged ({damage}); delete that folder to go on without it"
             )
-        if step is None and self.steps():
+        if step is None and distributed.from_first(len(self.steps())):
             raise CheckpointError(f"all checkpoints in {self.directory} are damaged; choose another --workdir")
         if step is None:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train with this --workdir first")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
+            if distributed.is_of_a_lost_process(error):
+                raise  # the checkpoint is as good as it was
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} cannot be read ({_one_line(error)}); "
                 "delete that folder to go on from the one before it"
@@ -277,6 +279,8 @@ class Checkpointer:
             if distributed.is_first():
                 for unfinished in self.directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
+            # Orbax counts the failed one among the saved ones, and would keep it for one that is on the disk.
+            self._manager.reload()
             raise
 
     def _what_is_left(self) -> str:
@@ -292,7 +296,7 @@ def saved_config(workdir: Path) -> tuple[int, dict] | None:
     Raises:
       CheckpointError: the checkpoint cannot be read, or all are damaged.
     """
-    if not _steps_in(workdir / "checkpoints"):
+    if not distributed.from_first(len(_steps_in(workdir / "checkpoints"))):
         return None
     with Checkpointer(workdir, read_only=True) as checkpointer:
         saved = checkpointer.saved_config()

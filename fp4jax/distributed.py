@@ -173,12 +173,17 @@ def naming_lost_processes() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not (several() and LOST.search(str(error))):
+        if not is_of_a_lost_process(error):
             raise
         raise ProcessesError(
             f"another process has ended, or cannot be reached any more ({_first_line(error)}); its own "
             "message says why. Rerun the same command in all processes to go on from the last checkpoint"
         ) from error
+
+
+def is_of_a_lost_process(error: Exception) -> bool:
+    """Whether this is what JAX raises when another process has ended in the middle of something that takes all."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and several() and bool(LOST.search(str(error)))
 
 
 def prefix() -> str:

@@ -4,6 +4,7 @@ promotion says so: `@pytest.mark.standard_promotion`.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -26,6 +27,20 @@ def _promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_maps() -> Iterator[None]:
+    """Every program that XLA compiles for the CPU maps memory. At the kernel's limit, by default 65,530 mappings of a
+    process, its compiler crashes; a test process that lives through hundreds of modules' programs gets there.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -180,6 +180,26 @@ def test_full_disk_leaves_the_former_checkpoint(tmp_path, asynchronous):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"][-1:]
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_failed_is_forgotten_by_the_ones_after_it(tmp_path, asynchronous):
+    random = {"layers.weight": jax.random.normal(jax.random.key(0), (1_000_000,))}
+    (params, rest), config = state(1), default_config()
+    with Checkpointer(tmp_path, keep=1, asynchronous=asynchronous) as checkpointer:
+        checkpointer.save(1, params, rest, {}, config)
+        checkpointer.wait()
+        with full_disk(), pytest.raises(StorageError, match="the checkpoint of step 1 is intact"):
+            checkpointer.save(2, random, rest, {}, config)
+            checkpointer.wait()
+        checkpointer.delete_after(1)
+        assert checkpointer.steps() == [1]
+        checkpointer.save(3, params, rest, {}, config)
+        checkpointer.wait()
+        assert checkpointer.steps() == [3]
+        checkpointer.delete_after(1)
+        assert checkpointer.steps() == []
+
+
 # Orbax gives up at the first write that fails; TensorStore's others end after the event loop they were to tell.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 def test_looking_for_the_error_of_a_save_does_not_hide_it(tmp_path):

@@ -6,8 +6,6 @@ rollback restores a checkpoint and passes over the data from there up to the ste
 """
 
 import collections
-import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +16,10 @@ import optax
 from jaxtyping import Array, Float32, PyTree
 
 from fp4jax.data.json_files import read_objects
+from fp4jax.training.log_files import JsonLog
 
 FILE = "events.jsonl"
+FIELDS = {"event": str, "after": int}
 
 NEAR = 10
 WINDOW = 100
@@ -91,21 +91,32 @@ class EventLog:
     """
 
     def __init__(self, workdir: Path, start_step: int, write: bool = True):
-        self._path, self._write = workdir / FILE, write
+        self._log = JsonLog(workdir / FILE, FIELDS) if write else None
         kept = [event for event in read_events(workdir) if event["after"] < start_step]
         self._counts = collections.Counter(event["event"] for event in kept)
-        if write and self._path.exists():
-            replacement = self._path.with_suffix(".jsonl.tmp")
-            replacement.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-            os.replace(replacement, self._path)
+        if self._log:
+            self._log.keep(lambda event: event["after"] < start_step)
 
     def add(self, event: str, step: int, after: int, details: Mapping[str, object]) -> int:
-        """Appends an event of step `step`; returns how many of its kind there have been."""
+        """Takes an event of step `step`; returns how many of its kind there have been."""
         self._counts[event] += 1
-        if self._write:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, "step": step, "after": after, **details}) + "\n")
+        if self._log:
+            self._log.add({"event": event, "step": step, "after": after, **details})
         return self._counts[event]
+
+    def flush(self) -> None:
+        """Writes the events that were added; those that a full disk does not take wait for the next call.
+
+        Raises:
+          OSError: it did not take them.
+        """
+        if self._log:
+            self._log.flush()
+
+    def close(self) -> None:
+        """Flushes; events that are lost are a warning on stderr."""
+        if self._log:
+            self._log.close()
 
     def count(self, *events: str) -> int:
         """How many there have been of these kinds."""
@@ -118,4 +129,4 @@ def read_events(workdir: Path) -> list[dict]:
     Raises:
       ValueError: another line is damaged; names it.
     """
-    return read_objects(Path(workdir) / FILE, {"event": str, "after": int})
+    return read_objects(Path(workdir) / FILE, FIELDS)

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float32, Int32
 from fp4jax import distributed
 from fp4jax.statistics import FORWARD_STATISTICS, GRADIENT_STATISTICS
 from fp4jax.training.mesh import BATCH, replicated
-from fp4jax.training.metrics import MetricsWriter
 from fp4jax.training.state import ModelTemplate, Parameters, TrainState, model_template, on_mesh
 from fp4jax.training.step import Batch, KeyData, Seeded, loss_and_gradients, training_key
 
@@ -109,14 +108,12 @@ def _compare(gradient, exact, first_axis: int = 0) -> Float32[Array, "..."]:
 
 
 class HealthMonitor:
-    """Runs the health step when it is due and writes what it finds."""
+    """Runs the health step when it is due; `write` takes what it finds as `MetricsWriter.write_health` does."""
 
-    def __init__(
-        self, config: ml_collections.ConfigDict, template: ModelTemplate, mesh: Mesh, writer: MetricsWriter | None
-    ):
+    def __init__(self, config: ml_collections.ConfigDict, template: ModelTemplate, mesh: Mesh, write: Callable | None):
         self._every = config.health.every
         self._step = make_health_step(config, template, mesh) if self._every else None
-        self._writer = writer
+        self._write = write
 
     def due(self, step: int) -> bool:
         """Whether `step` (counted from 1) is one of `config.health.every`."""
@@ -126,8 +123,8 @@ class HealthMonitor:
         """Writes the health of `step`, which is about to be done from `state`; returns the seconds it took."""
         start = time.perf_counter()
         sums = jax.device_get(self._step(state.params, state.step, batch))
-        if self._writer:
-            self._writer.write_health(step, health_table(sums), health_summary(sums))
+        if self._write:
+            self._write(step, health_table(sums), health_summary(sums))
         return time.perf_counter() - start
 
 

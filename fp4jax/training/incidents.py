@@ -1,7 +1,8 @@
-"""What a run does about a step that is not finite, a loss that spikes and a checkpoint that could not be written."""
+"""What a run does about a step that is not finite, a loss that spikes, and a checkpoint or log that is not written."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_collections
@@ -28,11 +29,15 @@ class NonFiniteLossError(ValueError):
 
 
 class Incidents:
-    """Judges every step's numbers, and keeps the record. `events.jsonl` has it, and the console a line for each."""
+    """Judges every step's numbers, and keeps the record. `events.jsonl` has it, and the console a line for each.
+
+    No log that cannot be written ends a run.
+    """
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, console: Console, data: Dataset, done: int):
         self._config, self._console, self._data = config, console, data
         self._events = EventLog(workdir, done, write=distributed.is_first())
+        self._log_failed = False
         self.go_on(None)
 
     def go_on(self, loss_history: Mapping | None) -> None:
@@ -43,8 +48,8 @@ class Incidents:
         """What spikes are told by, for a checkpoint: a run that resumes finds those of one that was not disturbed."""
         return self._spikes.history()
 
-    def judge(self, step: int, batch: int, values: Mapping[str, float], saved: Callable) -> None:
-        """Takes the numbers of a step that read batch `batch`; saved(): steps of the newest checkpoint.
+    def judge(self, step: int, batch: int, values: Mapping[str, float], saved: Callable[[int], int | None]) -> None:
+        """Takes the numbers of a step that read batch `batch`; saved(step): steps of the newest checkpoint.
 
         Raises:
           NonFiniteLossError: they are not finite, and the step was not skipped, or one too many was.
@@ -61,7 +66,7 @@ class Incidents:
             return
         if policy == "rollback" and self._events.count("rollback") < self._config.divergence.max_events:
             raise NonFiniteLossError(f"step {step}: {_numbers(values)}", step, batch, final=False)
-        saved = saved()
+        saved = saved(step)
         self._record("stopped", step, step - 1, batch, values)
         limit = "" if policy == "stop" else f" after divergence.max_events={self._config.divergence.max_events}"
         raise NonFiniteLossError(
@@ -77,30 +82,44 @@ class Incidents:
         """The run goes on after `to` steps, with the batch after the one that was not finite."""
         documents = self._documents(error.batch)
         skipped = error.step - to
-        self._events.add("rollback", error.step, to, {"batch": error.batch, "batches": skipped, "documents": documents})
+        self._add("rollback", error.step, to, {"batch": error.batch, "batches": skipped, "documents": documents})
         self._console.print(
             f"{error}; back to step {to:,}, and past {skipped:,} batch{'es' if skipped > 1 else ''}; read {documents}"
         )
 
-    def save_failed(self, step: int, error: StorageError) -> None:
-        """Training goes on without that checkpoint; says so where it is seen."""
-        count = self._events.add("save_failed", step, step - 1, {"error": str(error)})
+    def next_save(self, after: int) -> int:
+        """The first step after step `after` that is saved in any case."""
         every = self._config.checkpoint.every
-        following = min(step // every * every + every, self._config.steps)
-        self._console.print(
-            f"WARNING: {str(error).removesuffix(RERUN)}; training goes on and saves again at step {following:,} "
-            f"({count} failed so far)",
-            style="bold red",
-            markup=False,
-        )
+        return min(after // every * every + every, self._config.steps)
 
-    def log_failed(self, step: int, error: OSError) -> None:
-        """Metrics that could not be written wait in memory."""
-        self._console.print(
-            f"WARNING: step {step:,}: the metrics cannot be written ({error.strerror}); training goes on",
-            style="bold red",
-            markup=False,
-        )
+    def save_failed(self, step: int, error: StorageError, following: int | None) -> None:
+        """Says where it is seen that a checkpoint is missing.
+
+        following: the step that is saved next; None where it is not known that training goes on.
+        """
+        count = self._add("save_failed", step, step - 1, {"error": str(error)})
+        goes_on = "" if following is None else f"; training goes on and saves again at step {following:,}"
+        self._warn(f"{str(error).removesuffix(RERUN)}{goes_on} ({count} failed so far)")
+
+    @contextmanager
+    def logging(self, step: int) -> Iterator[None]:
+        """Around what writes a log: an OSError is reported, once until all is written; what is unwritten waits."""
+        try:
+            yield
+            self._events.flush()
+        except OSError as error:
+            if not self._log_failed:
+                self._warn(f"step {step:,}: the logs cannot be written ({error.strerror}) and wait; training goes on")
+            self._log_failed = True
+        else:
+            self._log_failed = False
+
+    def close(self) -> None:
+        """The end of the run: events that still wait are written, or lost."""
+        self._events.close()
+
+    def _warn(self, message: str) -> None:
+        self._console.print(f"WARNING: {message}", style="bold red", markup=False)
 
     def counts(self) -> dict[str, float]:
         """How many there were of each kind that can go on; those that there were none of are left out."""
@@ -110,8 +129,12 @@ class Incidents:
     def _record(self, event: str, step: int, after: int, batch: int, values: Mapping[str, float]) -> str:
         documents = self._documents(batch)
         numbers = {name: repr(values[name]) for name in ("loss", "grad_norm")}
-        self._events.add(event, step, after, {"batch": batch, "documents": documents, **numbers})
+        self._add(event, step, after, {"batch": batch, "documents": documents, **numbers})
         return documents
+
+    def _add(self, event: str, step: int, after: int, details: Mapping[str, object]) -> int:
+        with self.logging(step):
+            return self._events.add(event, step, after, details)
 
     def _documents(self, batch: int) -> str:
         return self._data.documents_in_batch(batch)

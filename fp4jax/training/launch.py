@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
@@ -40,7 +41,13 @@ def run(main: Callable[[], None], arguments: Sequence[str] = sys.argv) -> int:
             ends_with_the_others = True
             raise
 
-    code = command.run(joined, arguments)
+    try:
+        code = command.run(joined, arguments)
+    except Exception:  # with --debug alone
+        if not distributed.several():
+            raise
+        traceback.print_exc()
+        code = 1
     if distributed.several():
         if ends_with_the_others:
             jax.distributed.shutdown()

@@ -7,9 +7,8 @@ step's metrics are read: a state whose loss was not finite is never written.
 
 import contextlib
 import functools
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,8 +107,8 @@ def _train_in(workdir: Path, config: ml_collections.ConfigDict, console: Console
     with (
         Checkpointer(workdir, **run.checkpoint_options()) as checkpointer,
         MetricsWriter(workdir, done) if distributed.is_first() else contextlib.nullcontext() as writer,
+        contextlib.closing(Incidents(config, workdir, console, run.training_data, done)) as incidents,
     ):
-        incidents = Incidents(config, workdir, console, run.training_data, done)
         _Loop(run, checkpointer, writer, incidents, first_state).run(done)
     console.print(f"done: {config.steps:,} steps, checkpoint and metrics in {workdir}")
 
@@ -202,12 +201,13 @@ class _Loop:
     def run(self, done: int) -> None:
         """All steps; goes back where `on_nonfinite` says so."""
         config = self.static.config
-        state, position = self._first_state(done)
         with (
             ProgressBar(self.static.console, config.steps, done, config.log.progress) as bar,
             self.watchdog,
             listening() as request,
         ):
+            self.watchdog.beat("the state that the run begins with")
+            state, position = self._first_state(done)
             stop = Agreement(request, self.static.mesh) if distributed.several() else request.asked
             while (failure := self._run_from(done, state, position, bar, stop)) is not None:
                 # The state that is not finite must be gone before another is restored.
@@ -243,7 +243,8 @@ class _Loop:
                 if running:
                     self._report(running, bar)
                     running = None
-                self.timer.exclude(health.measure(step, state, batch))
+                with self.account.spent_on("health"):
+                    self.timer.exclude(health.measure(step, state, batch))
             state, metrics = train_step(state, batch)
             if running:
                 self._report(running, bar)
@@ -255,11 +256,15 @@ class _Loop:
                 self._wait_for_step(running)
                 start = time.perf_counter()
                 result = self._validate(loss_step, state) if validates else None
-                if saves:
-                    self._save(step, state, batches, last=step == config.steps or stopping is not None)
                 self.timer.exclude(time.perf_counter() - start)
+                # Before the save: what a run that is killed in between has written is dropped when it goes on, and
+                # what it has not written would be missing for good.
                 self._report(running, bar, result)
                 running = None
+                if saves:
+                    start = time.perf_counter()
+                    self._save(step, state, batches, last=step == config.steps or stopping is not None)
+                    self.timer.exclude(time.perf_counter() - start)
             if stopping is not None:
                 raise Preempted(stopping, step)
 
@@ -267,7 +272,7 @@ class _Loop:
         """The steps of one phase."""
         static, template = self.static, model_template(config)
         train_step = make_train_step(config, template, static.optimizer, static.mesh)
-        health = HealthMonitor(config, template, static.mesh, self.writer)
+        health = HealthMonitor(config, template, static.mesh, self._write_health if self.writer else None)
         return train_step, make_loss_step(config, template, static.mesh), health
 
     def _start_phase(self, phase: Phase) -> None:
@@ -311,7 +316,7 @@ class _Loop:
         rest = {"step": state.step, "opt_state": state.opt_state}
         position = batches.get_state() | {LOSS_HISTORY: self.incidents.loss_history()}
         with self.account.spent_on("checkpoint"):
-            self._check_saves(step, self.checkpointer.wait)
+            self._check_saves(step, self.checkpointer.wait, following=step)
             try:
                 self.checkpointer.save(step, state.params, rest, position, self.static.config)
                 if last:
@@ -319,13 +324,13 @@ class _Loop:
             except StorageError as error:
                 if last:
                     raise
-                self.incidents.save_failed(step, error)
+                self.incidents.save_failed(step, error, self.incidents.next_save(step))
 
-    def _check_saves(self, step: int, check: Callable[[], None]) -> None:
+    def _check_saves(self, step: int, check: Callable[[], None], following: int | None = None) -> None:
         try:
             check()
         except StorageError as error:
-            self.incidents.save_failed(step, error)
+            self.incidents.save_failed(step, error, following)
 
     def _validate(self, loss_step: object, state: TrainState) -> EvaluationResult:
         static = self.static
@@ -344,9 +349,9 @@ class _Loop:
             self.incidents.judge(running.step, running.batch, running.values, self._saved)
         return running.values
 
-    def _saved(self) -> int | None:
-        """Steps of the newest checkpoint, when the save that is being written has come to its end."""
-        self._check_saves(self.static.config.steps, self.checkpointer.wait)
+    def _saved(self, step: int) -> int | None:
+        """Steps of the newest checkpoint, when the save that is being written has come to its end; step: which asks."""
+        self._check_saves(step, self.checkpointer.wait)
         return self.checkpointer.latest_step()
 
     def _report(self, running: _Running, bar: ProgressBar, result: EvaluationResult | None = None) -> None:
@@ -366,7 +371,7 @@ class _Loop:
             values |= {"validation_loss": result.loss, "validation_perplexity": result.perplexity}
         bar.update(step, values["loss"], speed, left)
         if result or step == 1 or step % config.log.every == 0 or step == config.steps:
-            self._check_saves(step, self.checkpointer.check)
+            self._check_saves(step, self.checkpointer.check, self.incidents.next_save(step - 1))
             bar.line(step, values["loss"], speed, left)
             self._write(step, values)
         if result:
@@ -378,11 +383,12 @@ class _Loop:
     def _write(self, step: int, values: dict[str, float]) -> None:
         values = values | self.incidents.counts() | self.account.take()
         if self.writer:
-            try:
-                # JSON has no NaN: a skipped step's loss is not there.
-                self.writer.write(step, {name: value for name, value in values.items() if math.isfinite(value)})
-            except OSError as error:
-                self.incidents.log_failed(step, error)
+            with self.incidents.logging(step):
+                self.writer.write(step, values)
+
+    def _write_health(self, step: int, *numbers: Mapping) -> None:
+        with self.incidents.logging(step):
+            self.writer.write_health(step, *numbers)
 
     def _print_validation(self, step: int, result: EvaluationResult) -> None:
         below = self.static.training_data.stats.unigram_entropy - result.loss

@@ -4,48 +4,50 @@
 layer under each name. TensorBoard shows these as means over the layers.
 """
 
-import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import tensorboardX
-
 from fp4jax.data.json_files import read_objects
+from fp4jax.training.log_files import JsonLog, TensorBoardFile
 
 FILE = "metrics.jsonl"
 HEALTH_FILE = "health.jsonl"
+FIELDS = {"step": int}
 
 
 class MetricsWriter:
     """Writes a run's metrics; a context manager.
 
     A run that resumes after `start_step` steps first drops what an interrupted run had logged beyond them, so that
-    every step stands in the file once.
+    every step stands in the file once. What a full disk does not take waits in memory and is written with what comes
+    next; leaving the context tries once more, and says on stderr what is lost.
     """
 
     def __init__(self, workdir: Path, start_step: int):
-        self._workdir, self._health = workdir, workdir / HEALTH_FILE
-        self._open(start_step)
-
-    def _open(self, start_step: int) -> None:
-        for path in (self._workdir / FILE, self._health):
-            _drop_after(path, start_step)
-        self._file = (self._workdir / FILE).open("a", encoding="utf-8")
-        # purge_step makes TensorBoard forget the same steps.
-        self._tensorboard = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
+        self._metrics, self._health = JsonLog(workdir / FILE, FIELDS), JsonLog(workdir / HEALTH_FILE, FIELDS)
+        self._tensorboard = TensorBoardFile(workdir / "tensorboard")
+        self._files = (self._metrics, self._health, self._tensorboard)
+        self.rewind(start_step)
 
     def rewind(self, step: int) -> None:
-        """Drops what was logged beyond `step`: the run goes back to it and takes another way."""
-        self.__exit__()
-        self._open(step)
+        """Drops what was logged beyond `step`: the run goes on from there."""
+        for log in (self._metrics, self._health):
+            log.keep(lambda line: line["step"] <= step)
+        self._tensorboard.forget_from(step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends {"step": step, **metrics}; on disk when this returns (TensorBoard's files follow within minutes)."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Appends {"step": step, **metrics}, without what is not finite; the system has it when this returns.
+
+        Raises:
+          OSError: it does not take it; the next call writes it too.
+        """
+        # JSON has no NaN: a skipped step's loss is not there.
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._metrics.add({"step": step, **metrics})
         for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(name, value, step)
+        self._flush()
 
     def write_health(
         self, step: int, table: Mapping[str, Sequence[float | None]], summary: Mapping[str, float | None]
@@ -53,23 +55,37 @@ class MetricsWriter:
         """Appends {"step": step, **summary, **table} to `health.jsonl`; a None is written as null.
 
         table: "ratio/operand/linear layer" → one value a layer; summary: numbers of the whole model.
+
+        Raises:
+          OSError: as `write`.
         """
-        with self._health.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **summary, **table}) + "\n")
+        self._health.add({"step": step, **summary, **table})
         for name, value in summary.items():
             if value is not None:
-                self._tensorboard.add_scalar(f"health/{name}", value, step)
+                self._tensorboard.add(f"health/{name}", value, step)
         for name, values in table.items():
             known = [value for value in values if value is not None]
             if known:
-                self._tensorboard.add_scalar(f"health/{name}", sum(known) / len(known), step)
+                self._tensorboard.add(f"health/{name}", sum(known) / len(known), step)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Writes what can be written of every file."""
+        errors = []
+        for file in self._files:
+            try:
+                file.flush()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        for file in self._files:
+            file.close()
 
 
 def read_metrics(workdir: Path, file: str = FILE) -> list[dict]:
@@ -81,13 +97,4 @@ def read_metrics(workdir: Path, file: str = FILE) -> list[dict]:
       ValueError: another line is damaged; names it.
     """
     path = Path(workdir) / file
-    return read_objects(path, {"step": int})
-
-
-def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
-    replacement = path.with_suffix(".jsonl.tmp")
-    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(replacement, path)
+    return read_objects(path, FIELDS)

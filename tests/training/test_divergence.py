@@ -50,6 +50,7 @@ def test_events_are_dropped_if_the_run_is_about_to_repeat_them(tmp_path):
     assert log.add("skipped", 4, 3, {"batch": 3}) == 1
     assert log.add("rollback", 9, 5, {}) == 1
     assert log.add("skipped", 7, 6, {}) == 2
+    log.flush()
     path = tmp_path / "events.jsonl"
     path.write_text(path.read_text() + '{"event": "unfin')
     assert [event["step"] for event in read_events(tmp_path)] == [4, 9, 7]

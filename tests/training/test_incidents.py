@@ -1,18 +1,22 @@
 """What a run does when things go wrong in it: numbers that are not finite, a signal, a damaged file."""
 
+import io
 import os
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from fp4jax.data.pipeline import BatchIterator
+from fp4jax.checkpoint import RERUN, Checkpointer, StorageError
+from fp4jax.data.pipeline import BatchIterator, Dataset
 from fp4jax.recipes import list_recipes
 from fp4jax.training import divergence
 from fp4jax.training.divergence import read_events
-from fp4jax.training.incidents import NonFiniteLossError
-from fp4jax.training.metrics import read_metrics
+from fp4jax.training.incidents import Incidents, NonFiniteLossError
+from fp4jax.training.metrics import HEALTH_FILE, read_metrics
 from fp4jax.training.preemption import Preempted
 from tests.training.test_loop import deterministic, final_state, run
 
@@ -174,6 +178,54 @@ def test_damaged_checkpoint_is_set_aside_and_the_run_ends_in_the_same_bits(confi
     assert "checkpoints/4 is damaged" in capsys.readouterr().err
     assert (tmp_path / "damaged" / "damaged_checkpoints" / "4").is_dir()
     same(config, tmp_path, "whole", "damaged")
+
+
+@pytest.mark.parametrize("health", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(config, tmp_path, monkeypatch, health):
+    config.checkpoint.every, config.health.every = 1, health
+    logs = [tmp_path / name for name in ("events.jsonl", "health.jsonl")[: 2 if health else 1]]
+    save = Checkpointer.save
+
+    def save_unless_full(self, step, *arguments):
+        for log in logs:
+            if step == 1:
+                log.unlink(missing_ok=True)
+                log.symlink_to("/dev/full")
+            if step == 3:
+                log.unlink()
+        if step < 3:
+            raise StorageError(f"the checkpoint of step {step} could not be written" + RERUN)
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpointer, "save", save_unless_full)
+    output = run(config, tmp_path)
+    warnings = [line for line in output.splitlines() if line.startswith("WARNING")]
+    assert warnings == [
+        "WARNING: step 1: the logs cannot be written (No space left on device) and wait; training goes on",
+        "WARNING: the checkpoint of step 1 could not be written; training goes on and saves again at step 2 "
+        "(1 failed so far)",
+        "WARNING: the checkpoint of step 2 could not be written; training goes on and saves again at step 3 "
+        "(2 failed so far)",
+    ]
+    assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [
+        ("save_failed", 1),
+        ("save_failed", 2),
+    ]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(tmp_path, HEALTH_FILE)] == ([2, 4] if health else [])
+    assert final_state(config, tmp_path)[2]["next_batch"] == 4
+
+
+def test_a_failed_save_is_told_with_the_step_of_the_next_one_if_there_is_one(config, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    incidents = Incidents(config, tmp_path, console, mock.create_autospec(Dataset, instance=True), 0)
+    assert [incidents.next_save(after) for after in (0, 1, 2, 3)] == [2, 2, 4, 4]
+    incidents.save_failed(3, StorageError("full" + RERUN), 4)
+    incidents.save_failed(3, StorageError("full" + RERUN), None)
+    assert console.file.getvalue().splitlines() == [
+        "WARNING: full; training goes on and saves again at step 4 (1 failed so far)",
+        "WARNING: full (2 failed so far)",
+    ]
 
 
 def test_metrics_say_where_the_time_goes(config, tmp_path):

@@ -66,12 +66,9 @@ def test_resumed_fp4_run_equals_the_uninterrupted_one_bit_for_bit(averis_config,
         kill_at(patch, 4)
         with pytest.raises(Killed):
             run(config, tmp_path / "resumed")
-    # The checkpoint of step 4 was written before its report: take it away, as if the kill had come earlier.
+    # A step is reported before it is saved.
     with Checkpointer(tmp_path / "resumed", read_only=True) as checkpointer:
-        assert checkpointer.latest_step() == 4
-    for path in sorted((tmp_path / "resumed" / "checkpoints" / "4").rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    (tmp_path / "resumed" / "checkpoints" / "4").rmdir()
+        assert checkpointer.latest_step() == 2
     assert "after step 2" in run(config, tmp_path / "resumed")
 
     assert [line["step"] for line in deterministic(tmp_path / "resumed")] == [1, 2, 3, 4]
