@@ -136,7 +136,8 @@ def quantize(
     Raises:
       ValueError: a model without linear layers, one that is quantized already or has products of its own in a slot; a
         rule that matches no layer; a recipe that draws without `rngs`; an unknown `backend` or `gemm`. In a later call:
-        a product of a weight that cannot be replaced (`fp4jax.origins`).
+        a product of a weight that cannot be replaced (`fp4jax.origins`); an intercepted layer that changes a list or
+        dictionary among its arguments, or a plain attribute (`fp4jax.nnx_call`).
       NotImplementedError: a `backend` or `gemm` that this device cannot serve.
     """
     layers = _linear_layers(model)
