@@ -7,6 +7,16 @@
 The model that is trained and saved stays as it is. Equinox models take one example and are vmapped over the batch:
 under `vmap` the examples are tokens of one product, which share means and maxima (a single token would be its own
 mean).
+
+A layer that is called several times draws the same bits in every call, as its key is part of the model: quantize a
+recurrent cell where it is called, with a key for every step.
+
+    def step(h, x_and_key):
+        x, key = x_and_key
+        h = fp4jax.equinox.quantize(cell, "averis", key=key)(x, h)
+        return h, h
+
+    jax.lax.scan(step, h, (xs, jax.random.split(key, len(xs))))
 """
 
 from collections.abc import Callable
@@ -57,8 +67,15 @@ class Quantized(eqx.Module):
             )  # fmt: skip
 
         module = intercept.as_jax(self.module)
-        args, kwargs = intercept.arguments_as_jax((args, kwargs))
-        result, replaced = intercept.call(lambda: module(*args, **kwargs), _own_weights(module), product, self.path)
+        arguments = intercept.arguments_as_jax((args, kwargs))
+        leaves, structure = jax.tree.flatten(arguments)
+
+        def call():
+            result = module(*arguments[0], **arguments[1])
+            intercept.check_arguments(arguments, leaves, structure, self.path)
+            return result
+
+        result, replaced = intercept.call(call, _own_weights(module), product, self.path)
         if not replaced:
             intercept.report_no_product(self.path)
         return result
@@ -84,7 +101,8 @@ def quantize(
         the layer in the scan's body.
       policy: rules over the layers' paths, such as "layers.0"; or one recipe for all of them.
       key: a JAX random key, needed where a recipe draws: for gradients only when differentiated. Every layer folds
-        its own from it.
+        its own from it, and its calls draw the same bits: quantize one that is called several times (a recurrent cell,
+        shared blocks) where it is called, with a key for every call.
 
     Returns:
       A copy of the model; `layers` lists the recipes.

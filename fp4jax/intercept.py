@@ -58,14 +58,33 @@ def call(
     return jax.tree.unflatten(static["tree"], leaves), evaluation.follower.products
 
 
-def as_jax(tree, is_leaf: Callable | None = None):
+def as_jax(tree):
     """The tree with NumPy arrays, as checkpoints give them, turned into JAX's: those a trace knows again."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree, is_leaf=is_leaf)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def arguments_as_jax(tree):
-    """`as_jax` of a call's arguments, so that they count as data; modules among them stay the objects they are."""
-    return as_jax(tree, is_leaf=lambda node: not isinstance(node, list | tuple | dict))
+    """`as_jax` of a call's arguments, so that they count as data, whatever registered dataclass holds them."""
+    return as_jax(tree)
+
+
+def check_arguments(arguments, leaves: Sequence, structure, where: str, is_leaf: Callable | None = None) -> None:
+    """Refuses a call that left in a list or dictionary of its arguments what they did not hold before.
+
+    Args:
+      arguments: those the call was given, copies of the caller's.
+      leaves, structure: of these before the call.
+      is_leaf: as it was used for the structure.
+
+    Raises:
+      ValueError: they differ.
+    """
+    now, structure_now = jax.tree.flatten(arguments, is_leaf=is_leaf)
+    if structure_now != structure or any(new is not old for new, old in zip(now, leaves, strict=True)):
+        raise ValueError(
+            f"{where} changes a list or dictionary among its arguments in place, which a traced call loses: return "
+            "what it adds, or leave the layer out by a rule (its path, 'bf16') before the others"
+        )
 
 
 _told: set[tuple] = set()  # by models that remember nothing between their calls

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fp4jax import intercept
+from fp4jax import intercept, nnx_call
 from fp4jax.dot import dot_general, implementation
 from fp4jax.equation import einsum
 from fp4jax.policy import Policy, as_policy, describe
@@ -136,7 +136,8 @@ def quantize(
     Raises:
       ValueError: a model without linear layers, one that is quantized already or has products of its own in a slot; a
         rule that matches no layer; a recipe that draws without `rngs`; an unknown `backend` or `gemm`. In a later call:
-        a product of a weight that cannot be replaced (`fp4jax.origins`).
+        a product of a weight that cannot be replaced (`fp4jax.origins`); an intercepted layer that changes a list or
+        dictionary among its arguments, or a plain attribute (`fp4jax.nnx_call`).
       NotImplementedError: a `backend` or `gemm` that this device cannot serve.
     """
     layers = _linear_layers(model)
@@ -218,8 +219,11 @@ def _owns_a_matrix(module: nnx.Module) -> bool:
 
 
 def _own_weights(module: nnx.Module) -> list[jax.Array | np.ndarray]:
-    """The values of the Params that are the module's own attributes, or in a container that is one."""
-    return [leaf for variable in _own_params(vars(module)) for leaf in jax.tree.leaves(variable.get_value())]
+    """The values of the Params that are the module's own attributes, or in a container that is one.
+
+    Raw: what a variable's `on_get_value` makes of them is computed in the call, from these.
+    """
+    return [leaf for variable in _own_params(vars(module)) for leaf in jax.tree.leaves(variable.get_raw_value())]
 
 
 def _own_params(values: dict) -> Iterator[nnx.Param]:
@@ -283,48 +287,8 @@ def _intercepting(cls: type) -> type:
     """The subclass of a module's class whose `__call__` multiplies by the module's weights under its recipe."""
 
     def __call__(self, *args, **kwargs):
-        return _call(self, cls.__call__, args, kwargs)
+        slot, path = getattr(self, _ATTRIBUTE), getattr(self, _PATH)
+        return nnx_call.call(self, cls.__call__, args, kwargs, _own_weights(self), slot, path)
 
     names = ("__module__", "__qualname__", "__doc__")
     return type(cls)(cls.__name__, (cls,), {"__call__": __call__} | {name: getattr(cls, name) for name in names})
-
-
-def _call(module: nnx.Module, method, args, kwargs):
-    """`method(module, ...)` with its products of data and own weights quantized.
-
-    It is traced on a copy of the module, because a trace may not change variables from outside of it; what it changed
-    (random streams of modules inside, running statistics) is written back.
-    """
-    graph, state = nnx.split(module)
-    stored, tree = jax.tree.flatten(state)
-    before = intercept.as_jax(stored)
-    known = {id(old): new for old, new in zip(stored, before, strict=True)}
-    weights = [known[id(weight)] for weight in _own_weights(module)]
-    args, kwargs = intercept.arguments_as_jax((args, kwargs))
-
-    def function():
-        copy = nnx.merge(graph, jax.tree.unflatten(tree, before), copy=True)
-        result = method(copy, *args, **kwargs)
-        return result, jax.tree.leaves(nnx.state(copy))
-
-    path = getattr(module, _PATH)
-    slot = getattr(module, _ATTRIBUTE)
-    (result, after), replaced = intercept.call(function, weights, slot, path)
-    if not replaced:
-        intercept.report_no_product(path)
-    _, now = nnx.split(module)  # the slot has drawn since
-    changed = {i: new for i, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
-    if changed:
-        leaves = [changed.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(now))]
-        _write_back(module, jax.tree.unflatten(tree, leaves), [*changed.values()])
-    return result
-
-
-def _write_back(module: nnx.Module, state, changed: list[jax.Array]) -> None:
-    """Only what changed: other variables may belong to an outer trace, where they may not be written."""
-    ids = {id(leaf) for leaf in changed}
-    flat = [
-        (path, variable) for path, variable in nnx.to_flat_state(state)
-        if any(id(leaf) in ids for leaf in jax.tree.leaves(variable))
-    ]  # fmt: skip
-    nnx.update(module, nnx.from_flat_state(flat))

@@ -50,6 +50,8 @@ _PRODUCTS = {
 }
 _SCALINGS = frozenset({"mul", "div", "select_n"})
 _CHOICES = frozenset({"gather", "dynamic_slice"})
+# Of several operands, each of which is given back by itself.
+_ONE_TO_ONE = frozenset({"optimization_barrier", "device_put", "pvary", "psum", "psum_invariant"})
 # What leaves the elements of a weight as they are, or nearly so.
 _LAYOUTS = frozenset(
     """broadcast_in_dim concatenate convert_element_type copy copy_p mesh_cast neg optimization_barrier reduce_precision
@@ -125,6 +127,10 @@ class Follower:
         name, params = equation.primitive.name, equation.params
         if name in INLINED or name in REMATERIALIZED:
             return self.body(params.get("jaxpr", params.get("call_jaxpr")), sources)
+        if name in _ONE_TO_ONE and len(sources) == len(equation.outvars):
+            return [*sources]
+        if name == "cond":
+            return self._refuse_products_in(name, self._cond, equation, sources)
         if name in _LOOPS:
             self._refuse_products_in(name, self._loop, name, params, sources)
         elif name in _BODIES:
@@ -192,13 +198,25 @@ class Follower:
             )
         return results
 
+    def _cond(self, equation, sources) -> list[Source]:
+        """The sources of the branches' results joined: a matrix that data chooses is none of the layer any more."""
+        predicate, *operands = sources
+        branches = [self.body(branch, operands) for branch in equation.params["branches"]]
+
+        def join(variable, *results: Source) -> Source:
+            elements = max(result.elements for result in results)
+            origin = max(predicate.origin, *(result.origin for result in results))
+            shape = getattr(variable.aval, "shape", ())
+            is_matrix = len(shape) >= 2 and elements == variable.aval.size
+            is_own = any(result.origin in (Origin.WEIGHT, Origin.CHANGED) for result in results)
+            return Source(Origin.CHANGED if is_own and is_matrix and origin > Origin.WEIGHT else origin, elements)
+
+        return [*map(join, equation.outvars, *branches)]
+
     def _loop(self, name: str, params, sources) -> None:
         # What starts as a constant is data from the second step on.
         sources = [DATA if source.origin == Origin.CONSTANT else source for source in sources]
-        if name == "cond":
-            for branch in params["branches"]:
-                self.body(branch, sources[1:])
-        elif name == "while":
+        if name == "while":
             self.body(params["body_jaxpr"], sources[params["cond_nconsts"] :])
         else:
             self.body(params["jaxpr"], sources)

@@ -47,7 +47,7 @@ def ragged_dot(
     Raises:
       ValueError: shapes that do not fit, or as `fp4jax.dot_general`.
     """
-    if w.shape[:2] != (*group_sizes.shape, x.shape[1]):
+    if (x.ndim, w.ndim, group_sizes.ndim) != (2, 3, 1) or w.shape[:2] != (*group_sizes.shape, x.shape[1]):
         raise ValueError(
             f"ragged_dot takes x [M, K], w [G, K, N] and group_sizes [G], got {x.shape}, {w.shape} and "
             f"{group_sizes.shape}"

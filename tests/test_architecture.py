@@ -45,6 +45,7 @@ LEVELS = {
     "fp4jax.equinox": 3,
     "fp4jax.linen": 3,
     "fp4jax.nnx": 3,
+    "fp4jax.nnx_call": 3,
     "fp4jax.policy": 3,
     "fp4jax.reporting": 3,
     "fp4jax.checkpoint": 4,

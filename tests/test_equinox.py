@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fp4jax
+from tests import contract
 
 eqx = pytest.importorskip("equinox", reason="make test-examples installs it")
 
@@ -97,3 +98,37 @@ def test_a_product_that_cannot_be_replaced_names_its_layer():
     stack = fp4jax.equinox.quantize(eqx.nn.Sequential([eqx.nn.Lambda(jnp.sin), Masked(jnp.ones((32, 32)))]), "averis")
     with pytest.raises(ValueError, match=r"^layers.1 multiplies by a weight that data has masked"):
         jax.eval_shape(jax.vmap(stack), X)
+
+
+def test_a_layer_draws_anew_where_it_is_quantized_with_a_key_for_every_step():
+    layer = eqx.nn.Linear(32, 32, key=jax.random.key(0))
+    x = jnp.asarray(contract.gridded((16, 32), 1))
+
+    @contract.jit
+    def gradients(keys):
+        def loss(xs):
+            def step(_, x_and_key):
+                x, key = x_and_key
+                return None, jax.vmap(fp4jax.equinox.quantize(layer, "averis", key=key))(x)
+
+            return jnp.sum(jnp.sin(jax.lax.scan(step, None, (xs, keys))[1]))
+
+        return jax.grad(loss)(jnp.stack([x, x]))
+
+    keys = jax.random.split(jax.random.key(1))
+    same, own = gradients(keys[jnp.zeros(2, int)]), gradients(keys)
+    assert np.array_equal(same[0], same[1]) and np.array_equal(same[0], own[0])
+    assert not np.array_equal(own[0], own[1])
+
+
+def test_a_list_that_the_call_changes_is_refused():
+    class Losing(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, x, losses):
+            losses.append(jnp.sum(x))
+            return self.weight @ x
+
+    layer = fp4jax.equinox.quantize(Losing(jnp.ones((32, 32))), "nvfp4+nearest")
+    with pytest.raises(ValueError, match="^model changes a list or dictionary among its arguments in place"):
+        jax.eval_shape(lambda x: layer(x, []), X[0])

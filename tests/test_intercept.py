@@ -58,6 +58,9 @@ def run(function, x=X, w=W):
         lambda x, w: jax.jit(lambda x: x @ w)(x),  # closed over
         lambda x, w: jax.lax.dot_general(w, x, (((0,), (1,)), ((), ()))),
         lambda x, w: jax.vmap(lambda x: w @ x)(x),
+        lambda x, w: jnp.matmul(*jax.lax.optimization_barrier((x, w))),
+        lambda x, w: jnp.matmul(*jax.device_put((x, w), jax.devices()[0])),
+        lambda x, w: x @ jax.lax.cond(w[0, 0] > 0, lambda: 2 * w, lambda: w),  # chosen by the weight itself
     ],
 )
 def test_a_product_with_a_weight_is_replaced(function):
@@ -73,6 +76,9 @@ def test_a_product_with_a_weight_is_replaced(function):
         lambda x, w: (x * w[:1]) @ x.T,
         lambda x, w: w[jnp.argsort(x[:, 0])] @ x.T,  # rows of an embedding
         lambda x, w: x + w[:1],
+        lambda x, w: (x * jax.lax.cond(x[0, 0] > 0, lambda: w[0], lambda: w[1])[None]) @ x.T,  # a vector chosen by data
+        lambda x, w: (x[..., None] * w[None]).sum(-2) @ x.T,
+        lambda x, w: jnp.einsum("td,tdf->tf", x, w[None] * x[:, :1, None]),  # looks as an activation with a scale does
         lambda x, w: jnp.einsum("td,sd,sk->tk", x, x, x),
     ],
 )
@@ -165,6 +171,9 @@ def in_a_scan(step, init):
         (lambda x, w: jnp.einsum("td,dnf->tnf", x, w.reshape(4, 2, 2) / x[0, 0]), CHANGED),
         (lambda x, w: jnp.einsum("td,tdf->tf", x, w.reshape(2, 4, 2)[jnp.argsort(x[:, 0]) % 2]), CHANGED),
         (lambda x, w: x @ jnp.einsum("d,df->df", x[0], w), CHANGED),
+        (lambda x, w: x @ jax.lax.cond(x[0, 0] > 0, lambda: w, lambda: w.T), CHANGED),
+        (lambda x, w: x @ jax.lax.cond(x[0, 0] > 0, lambda w: 2 * w, lambda w: w, w), CHANGED),
+        (lambda x, w: x @ jax.lax.switch(jnp.argmax(x[0]), [lambda: w, lambda: w.T, lambda: jnp.eye(4)]), CHANGED),
         (
             lambda x, w: jax.lax.conv_general_dilated(x[None], w[:1, :, None], (1,), "SAME", dimension_numbers=CONV),
             "layer multiplies by its weight in conv_general_dilated.*convolutions run in high precision",

@@ -56,7 +56,10 @@ def test_every_group_is_a_matrix_by_itself(name):
             contract.assert_close(ours, alone)
 
 
-def test_shapes_are_checked():
+@pytest.mark.parametrize(
+    "x, w, sizes", [(X, W[:2], SIZES), (X[0], W, SIZES), (X, W[0], SIZES), (X, W, 5), (X, W[..., 0], SIZES)]
+)
+def test_shapes_are_checked(x, w, sizes):
     unchecked = ragged_dot.__wrapped__  # the suite's type checker would be first
     with pytest.raises(ValueError, match=r"takes x \[M, K\], w \[G, K, N\] and group_sizes \[G\]"):
-        unchecked(X, W[:2], jnp.asarray(SIZES), "bf16")
+        unchecked(x, w, jnp.asarray(sizes), "bf16")
