@@ -95,11 +95,11 @@ def test_two_processes_agree_and_share():
     first, second = found
     assert (first["first"], second["first"]) == (True, False)
     assert (first["prefix"], second["prefix"]) == ("", "process 1 of 2: ")
-    assert first["share"] == [[0, 2], [0, 1]] and second["share"] == [[1, 2], [0, 1]]
+    assert first["share"] == [[0, 2], [0, 1], [1, 2]] and second["share"] == [[1, 2], [0, 1], [0, 2]]
     for process in found:
         assert process["from_first"] == 10
         assert process["everywhere"] == [False, True]
-        assert process["rows"] == [[2 * row, 2 * row + 1] for row in range(8)]
+        assert process["rows"] == 2 * [[[2 * row, 2 * row + 1] for row in range(8)]]
         # Process 1 was asked before its second step, and both learn it at the third.
         assert process["stops"] == [None, None, signal.SIGTERM, signal.SIGTERM]
         assert "1 of 2 processes have none of them; set one axis to -1" in process["refused"][0]
@@ -185,14 +185,17 @@ def test_an_error_of_all_is_one_line(tmp_path):
     ended = end(train(tmp_path, "--config.mesh.fsdp=4"))
     said = (
         "error: the mesh has 4 of 8 devices, and 1 of 2 processes have none of them; set one axis to -1 "
-        "(--config.mesh.data=-1), or start fewer processes\n"
+        "(--config.mesh.data=-1), or start fewer processes"
     )
-    own_error = [code == 1 for code, _, _ in ended]
-    assert any(own_error)
-    for prefix, own, (code, _, stderr) in zip(("", "process 1 of 2: "), own_error, ended, strict=True):
+    found = []
+    for prefix, (code, _, stderr) in zip(("", "process 1 of 2: "), ended, strict=True):
         assert code not in (0, None) and "Traceback" not in stderr
-        # The one that is later may be ended by JAX, since the other is gone, before it says so itself.
-        assert not own or stderr == prefix + said
+        lines = [line for line in stderr.splitlines() if "the mesh has" in line]
+        assert lines in ([], [prefix + said])
+        # The one that is later may lose the other before it comes to the error itself.
+        assert lines or "another process has ended" in stderr or "another task died" in stderr, stderr
+        found += lines
+    assert found
 
 
 @pytest.mark.slow
