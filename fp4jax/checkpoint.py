@@ -204,7 +204,13 @@ class Checkpointer:
         Raises:
           CheckpointError: there is none, or it cannot be read.
         """
-        return self._restore({"config": ocp.args.JsonRestore()})["config"]
+        config = self._restore({"config": ocp.args.JsonRestore()})["config"]
+        if not isinstance(config, dict):
+            raise CheckpointError(
+                f"the configuration in checkpoint {self.directory / str(self.latest_step())} is no JSON object; "
+                "delete that folder to go on from the one before it"
+            )
+        return config
 
     def wait(self) -> None:
         """Waits until the last save is on the disk.

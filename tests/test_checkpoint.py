@@ -286,6 +286,20 @@ def test_checkpoint_of_an_earlier_version_is_taken_with_a_warning(tmp_path, caps
     assert "has no checksums" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "said"), [("garbage", "cannot be read ("), ("null", "is no JSON object"), ("[]", "is no JSON object")]
+)
+def test_a_configuration_that_is_none_is_refused_where_no_checksum_finds_it(content, said, tmp_path):
+    save(tmp_path, 1)
+    for manifest in tmp_path.rglob("checksums.json"):
+        manifest.unlink()
+    (tmp_path / "checkpoints" / "1" / "config" / "metadata").write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(tmp_path, default_config())
+    message = str(caught.value)
+    assert said in message and "; delete that folder to go on" in message and "\n" not in message
+
+
 def test_every_so_many_steps_are_kept_beside_the_latest(tmp_path):
     save(tmp_path, *range(1, 10), keep=2, keep_every=4)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8", "9"]

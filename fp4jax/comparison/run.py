@@ -26,10 +26,9 @@ SUMMARIZED = {"diverged": str | None, "peak_memory_bytes": int, "peak_memory_of"
 
 def main(folder: Path) -> int:
     """Trains, and writes summary.json; a loss that is not finite is a result. Returns the exit code."""
-    config = config_from(read_json(folder / CONFIG, {}))
     start, diverged = time.perf_counter(), None
     try:
-        train(config, folder, Console(width=120))
+        train(config_from(read_json(folder / CONFIG, {})), folder, Console(width=120))
     except NonFiniteLossError as error:
         diverged = str(error)
     except Preempted as stopped:

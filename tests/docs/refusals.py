@@ -1,7 +1,7 @@
 """What docs/errors.md says is refused, caused: a function for every row of its tables, in the files beside this one.
 
-Each function is given a `Place` and does what the row's first column says. It may write what it needs below `folder`;
-what it asks the library to write goes to `out`, where nothing may be left.
+Each function is given a `Place`, writes below `folder` what the row's first column says, and returns the call that is
+refused. What it asks the library to write goes to `out`. The call may change neither: a test compares both.
 """
 
 import dataclasses
@@ -74,7 +74,8 @@ class Place:
         return self.folder / "run"
 
 
-Case = Callable[[Place], object]
+Call = Callable[[], object]
+Case = Callable[[Place], Call]
 CASES: dict[str, Case] = {}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fp4jax.cli import describe
+from fp4jax.data.corpus import FACTS
 from tests.docs import refusals_of_commands, refusals_of_data, refusals_of_models  # noqa: F401  they fill CASES
 from tests.docs.refusals import CASES, Case, Place
 
@@ -29,6 +30,11 @@ def test_every_row_has_its_test_and_every_test_its_row():
     assert rows().keys() == CASES.keys()
 
 
+def listing(folder: Path) -> dict[str, int | None]:
+    """Path → bytes of everything below a folder; None of a folder."""
+    return {str(path): path.stat().st_size if path.is_file() else None for path in folder.rglob("*")}
+
+
 SLOW = {"a decompression bomb", "a line of 100 MB"}
 
 
@@ -37,16 +43,22 @@ SLOW = {"a decompression bomb", "a line of 100 MB"}
     [pytest.param(what, case, id=what, marks=[pytest.mark.slow] * (what in SLOW)) for what, case in CASES.items()],
 )
 def test_it_is_refused_in_the_line_that_the_page_shows(what: str, case: Case, tmp_path, monkeypatch):
-    monkeypatch.setenv("FP4JAX_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "folder").mkdir()
-    place = Place(tmp_path / "folder", tmp_path / "out")
+    # Beside what is compared: text that was read to its end stays tokenized, whatever is then refused of it.
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FP4JAX_CACHE", str(cache))
+    place = Place(tmp_path / "place" / "folder", tmp_path / "place" / "out")
+    place.folder.mkdir(parents=True)
+    call = case(place)
+    before = listing(place.folder.parent)
     with pytest.raises((ValueError, OSError)) as caught:
-        case(place)
+        call()
     assert "\n" not in str(caught.value)
     said = describe(caught.value)
     shown = ".+".join(map(re.escape, rows()[what].split("…")))
     assert re.fullmatch(f"error: {shown}", said), said
-    assert not place.out.exists(), "something was written"
+    assert listing(place.folder.parent) == before, "something was written"
+    entries = [path for path in cache.glob("tokens/*") if path.suffix != ".lock"]
+    assert all((path / FACTS).exists() for path in entries), "half an entry of the token cache"
 
 
 COMMANDS = {

@@ -15,9 +15,10 @@ import zstandard
 from rich.console import Console
 
 from fp4jax.analysis.health.numbers import describe, load_health
+from fp4jax.checkpoint import Checkpointer, CheckpointError
 from fp4jax.checksums import MANIFEST, FormatVersionError, find_damage, write_manifest
 from fp4jax.comparison import report
-from fp4jax.config import ConfigError, config_from, default_config
+from fp4jax.config import ConfigError, default_config
 from fp4jax.config_checks import validate
 from fp4jax.data import prepared
 from fp4jax.data.corpus import DamagedCorpusError, TokenizedCorpus, write_corpus
@@ -35,6 +36,7 @@ from fp4jax.data.tokenizers import load_tokenizer
 from fp4jax.evaluation import task_data, tasks
 from fp4jax.models import gguf, hf_folder
 from fp4jax.models.pretrained import parameter_shapes
+from fp4jax.models.saved_run import read_saved
 from fp4jax.policy import PolicyFile, policy
 from fp4jax.recipes import recipe
 from fp4jax.training.divergence import read_events
@@ -57,7 +59,7 @@ class Reader:
     write: puts whole files into a new folder.
     read: reads them.
     files: glob of those that are damaged, one at a time.
-    error: what `read` may raise, in one line.
+    error: what `read` may raise, in one line; one kind or several.
     is_json: the files are.
     names_file: the error must name the file.
     """
@@ -65,7 +67,7 @@ class Reader:
     write: Callable[[pathlib.Path], None]
     read: Callable[[pathlib.Path], object]
     files: str
-    error: type[Exception] = DataError
+    error: type[Exception] | tuple[type[Exception], ...] = DataError
     is_json: bool = False
     names_file: bool = False
 
@@ -169,6 +171,12 @@ def _write_item(folder: pathlib.Path) -> None:
     write_manifest(folder / "item")
 
 
+def _read_item(folder: pathlib.Path) -> None:
+    """As a checkpoint's item that is asked for: what is found is the refusal."""
+    if damage := find_damage(folder / "item"):
+        raise CheckpointError(damage)
+
+
 def _json_lines(name: str, lines: list[dict]) -> Callable[[pathlib.Path], None]:
     return lambda folder: (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -190,13 +198,16 @@ def _write_comparison(folder: pathlib.Path) -> None:
     (folder / report.NUMBERS).write_text(json.dumps(value))
 
 
+def _write_config(folder: pathlib.Path) -> None:
+    """A checkpoint without checksums, which would refuse every damage before it is read."""
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, {"a": np.zeros(1)}, {"a": np.zeros(1)}, {}, default_config())
+    for manifest in folder.rglob(MANIFEST):
+        manifest.unlink()
+
+
 def _read_config(folder: pathlib.Path) -> None:
-    try:
-        values = parse_json((folder / "config.json").read_bytes())
-    except ValueError:
-        return
-    if isinstance(values, dict):
-        validate(config_from(values), device_count=1)
+    validate(read_saved(folder)[1], device_count=1)
 
 
 def _read_names(folder: pathlib.Path) -> None:
@@ -260,7 +271,7 @@ READERS: dict[str, Reader] = {
         is_json=True,
     ),
     "manifest of a checkpoint": Reader(
-        _write_item, lambda folder: find_damage(folder / "item"), f"item/{MANIFEST}", FormatVersionError, True
+        _write_item, _read_item, f"item/{MANIFEST}", (CheckpointError, FormatVersionError), True
     ),
     "metrics.jsonl": Reader(
         _json_lines("metrics.jsonl", [{"step": step, "loss": 1.0} for step in (1, 10)]),
@@ -283,7 +294,7 @@ READERS: dict[str, Reader] = {
     ),
     "comparison.json": Reader(_write_comparison, report.read_numbers, report.NUMBERS, ValueError, True, True),
     "stored configuration": Reader(
-        _json("config.json", default_config().to_dict()), _read_config, "config.json", ConfigError, True
+        _write_config, _read_config, "checkpoints/1/config/metadata", (CheckpointError, ConfigError), True
     ),
     "names in a configuration": Reader(
         _json(

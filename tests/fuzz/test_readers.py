@@ -28,6 +28,18 @@ def test_damaged_files_are_read_or_refused_in_one_line(name, tmp_path):
     read()
 
 
+# Lines of a shard that are no JSON are counted, and refused when they are too many.
+TOLERANT = {"shards, .jsonl"}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_garbage_in_any_file_is_refused(name, tmp_path):
+    stage = Stage(READERS[name], tmp_path)
+    for number, path in enumerate(stage.files):
+        refused = stage.read_damaged(number, [("file", 0, b"garbage\n")])
+        assert bool(refused) != (name in TOLERANT), path
+
+
 # Names from the root or the home folder would search the whole machine.
 RELATIVE = st.text(alphabet="abc/*[]?{}~\0\n ", max_size=12).filter(lambda name: not name.startswith(("/", "~")))
 

@@ -22,6 +22,15 @@ def refusal_of(mesh: jax.sharding.Mesh) -> str:
         return str(error)
 
 
+def rows_put_on(mesh: jax.sharding.Mesh) -> list[list[int]]:
+    """The whole batch, of which this process puts its share on its devices."""
+    part, parts = batch_share(mesh)
+    rows = np.arange(16, dtype=np.int32).reshape(8, 2)
+    batch = put_batch({"tokens": rows[part * 8 // parts :][: 8 // parts]}, mesh)
+    whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))(batch["tokens"])
+    return np.asarray(whole).tolist()
+
+
 def main(address: str, index: int) -> None:
     distributed.start(address, 2, index)
     mesh = make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
@@ -32,10 +41,8 @@ def main(address: str, index: int) -> None:
     if index == 1:
         request.received(signal.SIGTERM)
     stops += [agreement() for _ in range(3)]
-    part, parts = batch_share(mesh)
-    rows = np.arange(16, dtype=np.int32).reshape(8, 2)
-    batch = put_batch({"tokens": rows[part * 8 // parts :][: 8 // parts]}, mesh)
-    whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))(batch["tokens"])
+    # As a topology may have it: the blocks in another order than the processes, and the devices of each in another.
+    turned_mesh = jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 4, 1), MESH_AXES)
     dealt_out = np.array(jax.devices()).reshape(2, 4).T.reshape(8, 1, 1)
     refused = [
         refusal_of(make_mesh({"data": 4, "fsdp": 1, "tensor": 1})),
@@ -46,8 +53,8 @@ def main(address: str, index: int) -> None:
         "prefix": distributed.prefix(),
         "from_first": distributed.from_first(10 + index),
         "everywhere": [distributed.everywhere(index == 0), distributed.everywhere(True)],
-        "share": [batch_share(mesh), batch_share(tensor_mesh)],
-        "rows": np.asarray(whole).tolist(),
+        "share": [batch_share(mesh), batch_share(tensor_mesh), batch_share(turned_mesh)],
+        "rows": [rows_put_on(mesh), rows_put_on(turned_mesh)],
         "stops": stops,
         "refused": refused,
     }), flush=True)  # fmt: skip

@@ -52,7 +52,8 @@ def prepare(
       max_bad_fraction: the fraction of the records that may hold no document.
 
     Raises:
-      DataError: something cannot be used or read; what was finished is kept, and the same call goes on from there.
+      DataError: something cannot be used or read; what was finished is kept, and the same call goes on from there. If
+        the filters left nothing, nothing is kept.
       OSError: the output cannot be written.
     """
     started = time.monotonic()
@@ -162,7 +163,11 @@ def _finish(state: State, max_bad_fraction: float, workers: int, started: float)
         splits={split: _split(split, facts, state.tokenizer["vocab_size"]) for split in SPLITS},
     )
     if not prepared.splits["train"].documents:
-        raise DataError(f"of {read:,} documents none is left to train on ({json.dumps(prepared.drops)})")
+        state.forget_units()  # they are of no use, and would refuse the other filters that are to be tried
+        raise DataError(
+            f"of {read:,} documents none is left to train on ({json.dumps(prepared.drops)}); "
+            "loosen these filters, or give another --source"
+        )
     report = Report.of(prepared, facts, time.monotonic() - started, workers)
     write_whole(state.output / REPORT, report.to_json())
     write_whole(state.output / INDEX, prepared.index_json())

@@ -163,6 +163,11 @@ class State:
             )
         return facts
 
+    def forget_units(self) -> None:
+        """Makes all units ones that are not done; `started` then leaves nothing of them."""
+        for unit in self.units:
+            self.facts_file(unit).unlink(missing_ok=True)
+
     def is_finished(self) -> bool:
         """Whether the whole set is there.
 

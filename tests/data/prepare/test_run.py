@@ -244,7 +244,8 @@ def test_bad_records_are_counted_over_all_inputs(write_shard, texts, prepare_cor
 def test_nothing_left_to_train_on(corpus_of_three, prepare_corpus, tmp_path):
     with pytest.raises(DataError, match=r'of 60 documents none is left to train on \({"too short": 60}\)'):
         prepare_corpus(min_characters=90_000)
-    assert not (tmp_path / "set" / "index.json").exists()
+    assert not (tmp_path / "set").exists()
+    assert prepare_corpus().documents_read == 60
 
 
 def test_every_drop_is_counted(write_shard, prepare_corpus):
