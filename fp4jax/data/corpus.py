@@ -1,8 +1,9 @@
 """A corpus on disk: for each split one file of token ids, and one of facts about it.
 
-    train.tokens         the split's token stream (`packing.py`), little-endian uint16, or uint32 for a vocabulary
-    over 65,536 validation.tokens corpus.json          documents, tokens, digest and unigram entropy of each split;
-    counts of bad lines
+    train.tokens         the split's token stream (`packing.py`), little-endian uint16, or uint32 for a vocabulary over
+                         65,536
+    validation.tokens    the same of the other split
+    corpus.json          documents, tokens, digest and unigram entropy of each split; counts of bad lines
 
 `write_corpus` tokenizes in one pass and bounded memory; `TokenizedCorpus.open` maps the result into memory and checks
 that it is whole.
