@@ -47,6 +47,9 @@ def fuzzing() -> str:
     return _table(header, rows)
 
 
+TIMES = {"wall": "wall", "cpu": "processor"}
+
+
 def overheads() -> str:
     """What saves and reading data cost, and whether memory grows."""
     memory = json.loads((ROOT / "results/faults/memory.json").read_text(encoding="utf-8"))
@@ -64,19 +67,18 @@ def overheads() -> str:
             f"{memory['commit']}, {memory['machine']}",
         ),
     ]
-    path = ROOT / "results/faults/overheads.json"
-    if path.exists():
-        time = json.loads(path.read_text(encoding="utf-8"))
-        where = f"{time['commit']}, {time['machine']}"
-        saving = f"saving asynchronously every {time['every']} steps, `configs/averis_tiny.py`, {time['pairs']} pairs"
-        rows += [
-            (f"{saving}: {what} time", f"{100 * time[kind]['cost_of_saving_median']:+.1f} % (median)", where)
-            for kind, what in (("wall", "wall"), ("cpu", "processor"))
-        ]
-        rows.append(
-            ("waiting for data, same run: share of the time", f"{100 * time['data_wait']['share']:.2f} %", where)
-        )
+    time = json.loads((ROOT / "results/faults/overheads.json").read_text(encoding="utf-8"))
+    where = f"{time['commit']}, {time['machine']}"
+    saving = f"saving asynchronously every {time['every']} steps, `configs/averis_tiny.py`, {time['pairs']} pairs"
+    rows += [(f"{saving}: {what} time", _cost_of_saving(time[kind]), where) for kind, what in TIMES.items()]
+    rows.append(("waiting for data, same run: share of the time", f"{100 * time['data_wait']['share']:.2f} %", where))
     return _table(("what", "measured", "commit and machine"), rows)
+
+
+def _cost_of_saving(times: dict) -> str:
+    total, median, pairs = (times[f"cost_of_{what}"] for what in ("saving_total", "saving_median", "each_pair"))
+    low, high = min(pairs), max(pairs)
+    return f"{100 * total:+.1f} % in all, median {100 * median:+.1f} %, pairs {100 * low:+.1f} to {100 * high:+.1f} %"
 
 
 TABLES: dict[str, Callable[[], str]] = {"ptq": ptq, "search": search, "fuzzing": fuzzing, "overheads": overheads}
