@@ -12,7 +12,6 @@ parameters, 2,000 steps with a save and a validation every EVERY steps; the proc
 The same command goes on with a run that was interrupted; stretches that an interruption fell into do not count.
 """
 
-import argparse
 import ctypes
 import json
 import os
@@ -28,6 +27,7 @@ import jax
 import ml_collections
 
 from configs import averis_tiny
+from fp4jax.cli import Parser, check_output_file, positive, run
 from fp4jax.training import train
 from fp4jax.training.loop import _Loop
 from fp4jax.training.metrics import read_metrics
@@ -205,13 +205,21 @@ def commit() -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measures and writes the JSON.
+
+    Raises:
+      ValueError: a flag that cannot be used.
+    """
+    parser = Parser("experiments.overheads", __doc__.splitlines()[0])
     parser.add_argument("measurement", choices=("time", "memory"))
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--pairs", type=int, default=6, help="of stretches, for `time`")
-    parser.add_argument("--steps", type=int, default=2000, help="for `memory`")
+    parser.add_argument("--pairs", type=positive, default=6, help="of stretches, for `time`")
+    parser.add_argument("--steps", type=positive, default=2000, help="for `memory`")
     flags = parser.parse_args(arguments)
+    check_output_file(flags.out, "--out")
+    if flags.measurement == "memory" and flags.steps < WARM_UP + 2 * WINDOW:
+        parser.error(f"--steps={flags.steps} is too short to compare windows; give {WARM_UP + 2 * WINDOW} or more")
     code = commit()
     if flags.measurement == "time":
         result, asked = measure_time(flags.workdir, flags.pairs), f"--pairs={flags.pairs}"
@@ -223,10 +231,9 @@ def main(arguments: Sequence[str]) -> None:
         "machine": f"{os.cpu_count()}-core {platform.machine()} CPU, JAX {jax.__version__}",
         "load_average_at_end": os.getloadavg(),
     }
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(about | result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run(main, sys.argv[1:], interrupted="interrupted; the same command goes on"))

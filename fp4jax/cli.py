@@ -50,6 +50,13 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str], interru
         return 1
 
 
+def positive(text: str) -> int:
+    """A flag's type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
 def output_folder(path: Path, flag: str = "--out") -> Path:
     """Creates the folder for what a command writes.
 

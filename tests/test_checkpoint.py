@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fp4jax import distributed
 from fp4jax.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -327,3 +328,26 @@ def test_state_larger_than_the_disk(tmp_path):
     check_space(tmp_path, state(1))
     with pytest.raises(StorageError, match=r"takes 4503599.63 GB .* free space or choose another --workdir"):
         check_space(tmp_path, {"a": jax.ShapeDtypeStruct((2**50,), jnp.float32)})
+
+
+def test_a_process_that_is_lost_while_reading_is_no_damage(tmp_path, monkeypatch):
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo: Connection closed by peer")
+    params, rest = state(1)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, params, rest, {}, default_config())
+        checkpointer.wait()
+
+        def restore(*_, **__):
+            raise lost
+
+        monkeypatch.setattr(checkpointer._manager, "restore", restore)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            checkpointer.restore(shapes(params), shapes(rest))
+        monkeypatch.setattr(distributed, "several", lambda: True)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            checkpointer.restore(shapes(params), shapes(rest))
+        with pytest.raises(distributed.ProcessesError, match="another process has ended"), (
+            distributed.naming_lost_processes()
+        ):  # fmt: skip
+            checkpointer.restore(shapes(params), shapes(rest))
+        monkeypatch.undo()

@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 
 from fp4jax import distributed
 from fp4jax.distributed import ProcessesError, launched, start
+from fp4jax.training import command, launch
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
@@ -78,3 +80,19 @@ def test_a_port_that_is_taken_is_named():
         with pytest.raises(ProcessesError, match=f"--coordinator=127.0.0.1:{port}: process 0 cannot listen there"):
             start(f"127.0.0.1:{port}", 2, 0)
     assert not jax.distributed.is_initialized()
+
+
+def test_a_traceback_of_one_of_several_processes_ends_it_at_once(monkeypatch, capsys):
+    """Leaving in an orderly way would wait for the others, who wait for this one."""
+
+    def fail(*_):
+        raise ValueError("wrong")
+
+    codes = []
+    monkeypatch.setattr(command, "run", fail)
+    with pytest.raises(ValueError, match="wrong"):
+        launch.run(lambda: None, [])
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    launch.run(lambda: None, [])
+    assert codes == [1] and "ValueError: wrong" in capsys.readouterr().err

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.overheads import main as overheads
+from fp4jax import cli
+from tests.fuzz.__main__ import main as fuzz
+
 ROOT = Path(__file__).parent.parent
 TINY = "--config=configs/averis_tiny.py"
 
@@ -111,3 +115,20 @@ def test_tables_are_what_their_json_says():
         [sys.executable, "-m", "scripts.results_tables", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (fuzz, ["--examples=0"], "'0' is not a whole number from 1"),
+        (fuzz, ["--reader=nope"], "invalid choice: 'nope'"),
+        (fuzz, ["--output=/nowhere/fuzz.json"], "there is no folder /nowhere"),
+        (overheads, ["time", "--workdir=runs/x", "--out=/nowhere/x.json"], "there is no folder /nowhere"),
+        (overheads, ["memory", "--steps=10", "--workdir=runs/x", "--out=x.json"], "too short to compare windows"),
+    ],
+)
+def test_measurements_refuse_in_one_line_before_they_begin(main, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(main, arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and list(tmp_path.iterdir()) == []

@@ -4,7 +4,6 @@ The JSON is written after every reader; those that it has from the same commit a
 runs the code as users do, without type checks at run time. Exit code 1 if anything but a reader's own error came out.
 """
 
-import argparse
 import collections
 import json
 import pathlib
@@ -13,11 +12,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 
 import hypothesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fp4jax.cli import Parser, check_output_file, positive, run
 from tests.fuzz.damage import changes
 from tests.fuzz.fuzzing import Stage
 from tests.fuzz.readers import READERS
@@ -49,15 +50,23 @@ def fuzzed(name: str, examples: int, seed: int) -> dict:
     return {**counts, "uncaught": len(uncaught), "errors": uncaught, "seed": seed, "cpu_seconds": seconds}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=10_000, help="of each reader")
+def main(arguments: Sequence[str]) -> None:
+    """Fuzzes what the flags name.
+
+    Raises:
+      ValueError: a flag that cannot be used.
+      SystemExit: something was not caught.
+    """
+    parser = Parser("tests.fuzz", __doc__.splitlines()[0])
+    parser.add_argument("--examples", type=positive, default=10_000, help="of each reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", choices=READERS, action="append", help="only this one; may be given several times")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-    flags = parser.parse_args()
-    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
-    commit, found = run.stdout.strip(), {}
+    flags = parser.parse_args(arguments)
+    if flags.output:
+        check_output_file(flags.output, "--output")
+    described = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
+    commit, found = described.stdout.strip(), {}
     if flags.output and flags.output.exists():
         found = json.loads(flags.output.read_text())["readers"]
     for name in flags.reader or READERS:
@@ -67,10 +76,10 @@ def main() -> int:
         print(f"{name}: {found[name]}", flush=True)
         if flags.output:
             value = {"command": f"python -m tests.fuzz --examples={flags.examples}", "readers": found}
-            flags.output.parent.mkdir(parents=True, exist_ok=True)
             flags.output.write_text(json.dumps(value, indent=1) + "\n")
-    return int(any(result["uncaught"] for result in found.values()))
+    if any(result["uncaught"] for result in found.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, sys.argv[1:]))

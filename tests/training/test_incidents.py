@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import time
 from unittest import mock
 
 import jax
@@ -13,11 +14,12 @@ from rich.console import Console
 from fp4jax.checkpoint import RERUN, Checkpointer, StorageError
 from fp4jax.data.pipeline import BatchIterator, Dataset
 from fp4jax.recipes import list_recipes
-from fp4jax.training import divergence
+from fp4jax.training import divergence, loop
 from fp4jax.training.divergence import read_events
+from fp4jax.training.health import HealthMonitor
 from fp4jax.training.incidents import Incidents, NonFiniteLossError
 from fp4jax.training.metrics import HEALTH_FILE, read_metrics
-from fp4jax.training.preemption import Preempted
+from fp4jax.training.preemption import SIGNALS, Preempted
 from tests.training.test_loop import deterministic, final_state, run
 
 pytestmark = pytest.mark.standard_promotion
@@ -226,6 +228,35 @@ def test_a_failed_save_is_told_with_the_step_of_the_next_one_if_there_is_one(con
         "WARNING: full; training goes on and saves again at step 4 (1 failed so far)",
         "WARNING: full (2 failed so far)",
     ]
+
+
+def test_the_first_state_is_made_under_watchdog_and_signals(config, tmp_path, monkeypatch):
+    original, found = loop._Loop._first_state, []
+
+    def first_state(self, done):
+        handled = all(signal.getsignal(signum) is not former[signum] for signum in SIGNALS)
+        found.append((done, self.watchdog._doing, handled))
+        return original(self, done)
+
+    former = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    monkeypatch.setattr(loop._Loop, "_first_state", first_state)
+    config.steps = 2
+    run(config, tmp_path)
+    config.steps = 3
+    run(config, tmp_path)
+    assert found == [(done, "the state that the run begins with", True) for done in (0, 2)]
+
+
+def test_measuring_health_makes_no_step_long(config, tmp_path, monkeypatch):
+    def measure(self, step, state, batch):
+        time.sleep(2 if step == 4 else 0)
+        return 2.0 if step == 4 else 0.0
+
+    monkeypatch.setattr(HealthMonitor, "measure", measure)
+    config.health.every = 1
+    run(config, tmp_path)
+    line = read_metrics(tmp_path)[-1]
+    assert line["step"] == 4 and line["longest_step_seconds"] < 2
 
 
 def test_metrics_say_where_the_time_goes(config, tmp_path):
