@@ -167,7 +167,7 @@ def data_wait(workdir: Path, marks: dict[int, dict]) -> dict:
 
 
 def measure_memory(workdir: Path, steps: int) -> dict:
-    """Medians of windows of WINDOW steps, after the warm-up; needs one process from start to end."""
+    """What windows of WINDOW steps hold, after the warm-up; needs one process from start to end."""
     config = memory_config(steps)
     marks = trained(config, workdir, lambda config, step: None)
     if len({mark["process"] for mark in marks}) > 1:
@@ -187,14 +187,17 @@ def measure_memory(workdir: Path, steps: int) -> dict:
 
 
 def of_windows(windows: Sequence[Sequence[int]]) -> dict:
-    """What the memory of consecutive windows of steps says."""
-    medians, peaks = [statistics.median(window) for window in windows], [max(window) for window in windows]
+    """What the memory of consecutive windows of steps says.
+
+    A step that is running when memory is read adds its intermediate results, and whether one is running is chance. So
+    `held_mb` is a window's lowest tenth: what is held between steps.
+    """
+    held, peaks = [sorted(window)[len(window) // 10] for window in windows], [max(window) for window in windows]
     return {
-        "median_mb": [value / 1e6 for value in medians],
+        "held_mb": [value / 1e6 for value in held],
         "peak_mb": [value / 1e6 for value in peaks],
-        "last_over_first_median": medians[-1] / medians[0] - 1,
-        "last_over_first_peak": peaks[-1] / peaks[0] - 1,
-        "largest_distance_from_first_median": max(abs(value / medians[0] - 1) for value in medians),
+        "last_over_first": held[-1] / held[0] - 1,
+        "largest_distance_from_first": max((value / held[0] - 1 for value in held), key=abs),
     }
 
 

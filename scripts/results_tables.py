@@ -53,12 +53,13 @@ TIMES = {"wall": "wall", "cpu": "processor"}
 def overheads() -> str:
     """What saves and reading data cost, and whether memory grows."""
     memory = json.loads((ROOT / "results/faults/memory.json").read_text(encoding="utf-8"))
-    in_use, own = memory["in_use"], memory["own"]["median_mb"]
+    in_use, own = memory["in_use"], memory["own"]["held_mb"]
     steps = f"{memory['steps']:,} steps with a save and a validation every {memory['saves_and_validations_every']}"
     rows = [
         (
             f"memory in use, {steps}: last {memory['window_steps']} steps over the first after the warm-up",
-            f"{100 * in_use['last_over_first_median']:+.2f} % of {in_use['median_mb'][0]:.1f} MB",
+            f"{100 * in_use['last_over_first']:+.2f} % of {in_use['held_mb'][0]:.1f} MB, a window at most "
+            f"{100 * in_use['largest_distance_from_first']:+.2f} % from the first",
             f"{memory['commit']}, {memory['machine']}",
         ),
         (
