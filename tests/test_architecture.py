@@ -33,6 +33,7 @@ LEVELS = {
     "fp4jax.dot": 2,
     "fp4jax.canonical": 2,
     "fp4jax.operands": 2,
+    "fp4jax.quantizers": 2,
     "fp4jax.explicit": 2,
     "fp4jax.gemm": 2,
     "fp4jax.scopes": 2,

@@ -28,7 +28,9 @@ def _bits(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def code_position(magnitude: Float32[Array, "*shape"], element: formats.Float, magic: float) -> Float32[Array, "*shape"]:
+def code_position(
+    magnitude: Float32[Array, "*shape"], element: formats.Float, magic: float
+) -> Float32[Array, "*shape"]:
     """Position of `magnitude` among the codes of `element` plus `magic`, rounded to the last mantissa bit that is left.
 
     Saturates at the largest code. With `TO_INTEGER` the low bits of the result are the nearest code, with

@@ -1,4 +1,4 @@
-"""`quantize_rows` and `quantize_columns`: what `fp4jax.numerics.quantize_blocks` gives for 1x16 blocks, by one kernel."""
+"""`quantize_rows`, `quantize_columns`: what `fp4jax.numerics.quantize_blocks` gives for 1x16 blocks, by one kernel."""
 
 import math
 
@@ -43,10 +43,10 @@ def quantize_rows(
 ) -> QTensor:
     """Quantizes an array to NVFP4 in blocks of 16 along its last axis.
 
-    Equals `quantize_blocks(x - center, format, axes=(-1,), pack_axis=-1, batch_dims=batch_dims, words=words, amax=amax)`
-    bit for bit where x is finite and no block's largest magnitude lies in (0, 2e-37). Where the twin is not finite
-    (infinities, NaN in x) neither is the result, but its codes may differ. It has no derivative. Under sharding call it
-    inside `jax.shard_map`, with the `amax` of the whole matrix: XLA would gather the operand of a bare kernel.
+    Equals `quantize_blocks(x - center, format, axes=(-1,), pack_axis=-1, batch_dims=batch_dims, words=words,
+    amax=amax)` bit for bit where x is finite and no block's largest magnitude lies in (0, 2e-37). Where the twin is not
+    finite (infinities, NaN in x) neither is the result, but its codes may differ. It has no derivative. Under sharding
+    call it inside `jax.shard_map`, with the `amax` of the whole matrix: XLA would gather the operand of a bare kernel.
     Stochastic rounding counts the rows and columns of the array it is given.
 
     Args:
@@ -69,7 +69,9 @@ def quantize_rows(
     _check(x, format, amax, batch_dims, device, interpret)
     *lead, width = x.shape
     batch, count = math.prod(lead[:batch_dims]), math.prod(lead[batch_dims:])
-    if center is not None and center.shape != (expected := (*lead[:batch_dims], *[1] * (x.ndim - batch_dims - 1), width)):
+    if center is not None and center.shape != (
+        expected := (*lead[:batch_dims], *[1] * (x.ndim - batch_dims - 1), width)
+    ):
         raise ValueError(f"center must be of shape {expected}, got {center.shape}")
     if amax is None:
         amax = _largest(x, center, batch_dims)

@@ -78,7 +78,7 @@ def quantize(
 def hadamard_maxima(
     x: Shaped[Array, "groups rows words"], centers: tuple[Float32[Array, "means words"], ...] = (), *, interpret: bool
 ) -> Float32[Array, "groups chunks words"]:
-    """Largest magnitudes after the Hadamard transform, one for some rows of the columns of a word: maxima to be taken of.
+    """Largest magnitudes after the Hadamard transform, each over some rows of the columns of a word.
 
     Arguments as for `quantize`.
     """
@@ -161,7 +161,7 @@ def _parts(x_ref) -> int:
 
 
 def _across(x_ref):
-    """This thread block's words; the last strip starts earlier where the width is no multiple."""
+    """The words of this thread block; the last strip starts earlier where the width is no multiple."""
     return pl.ds(jnp.minimum(lax.axis_index("columns") * STRIP, x_ref.shape[2] - STRIP), STRIP)
 
 

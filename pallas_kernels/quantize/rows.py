@@ -1,12 +1,13 @@
 """The Mosaic GPU kernel for blocks of 16 along the last axis: one lane owns a block, nothing crosses lanes.
 
-A warpgroup takes tiles of rows × 16 blocks. A lane reads its block as 16-byte vectors and writes its 16 codes as 8 bytes:
+A warpgroup takes tiles of rows × 16 blocks. A lane reads its block as 16-byte vectors and writes its 16 codes as 8
+bytes:
 
     bfloat16   uint32[batch, rows, blocks, 2, 4]    a word holds two values, the even column in its low half
     float32    float32[batch, rows, blocks, 4, 4]
 
-The center of a mean split is read once for all tiles of a thread block. An axis that is no multiple of a tile is covered
-by a last tile that starts earlier and repeats some blocks of its neighbour: both write the same bytes.
+The center of a mean split is read once for all tiles of a thread block. An axis that is no multiple of a tile is
+covered by a last tile that starts earlier and repeats some blocks of its neighbour: both write the same bytes.
 """
 
 import functools
@@ -113,9 +114,7 @@ def _draws(hashes, first_block, shape, parts: int):
     a, b = (lax.broadcast_in_dim(h, shape, (0,)) for h in hashes)
     _, _, groups, vector = shape
     words_per_block = groups * vector
-    block, group, lane = (
-        plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=_LAYOUT()) for axis in (1, 2, 3)
-    )
+    block, group, lane = (plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=_LAYOUT()) for axis in (1, 2, 3))
     word = (block + first_block.astype(jnp.uint32)) * jnp.uint32(words_per_block) + group * jnp.uint32(vector) + lane
     if parts == 2:
         return elements.halves(elements.pair_hash(a, b, word))
