@@ -22,6 +22,6 @@ from fp4jax.numerics.bits import draws, fold, key_words, matrix_draws
 __all__ = [
     "E2M1", "E4M3", "FORMATS", "FP8_E4M3", "FP8_E5M2", "INT8", "MXFP4", "MXFP8", "NVFP4", "NVFP4_256", "NVFP4_EDEN",
     "NVFP4_OUTER128", "NVFP4_VECTOR", "SIGN", "TERNARY", "Extent", "Float", "Format", "Rounding", "ScaleRounding",
-    "Statistic", "QTensor", "quantize", "quantize_blocks", "hadamard", "rotate", "low_rank_factors", "ColumnStats", "column_stats", "column_mean",
-    "mask_rows", "residual", "row_count", "draws", "fold", "key_words", "matrix_draws",
+    "Statistic", "QTensor", "quantize", "quantize_blocks", "hadamard", "rotate", "low_rank_factors", "ColumnStats",
+    "column_stats", "column_mean", "mask_rows", "residual", "row_count", "draws", "fold", "key_words", "matrix_draws",
 ]  # fmt: skip

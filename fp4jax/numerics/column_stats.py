@@ -25,7 +25,7 @@ class ColumnStats(NamedTuple):
 
     def mean(self, rows: int) -> Float32[Array, "*stats"]:
         """The mean over `rows` rows, correctly rounded from the sum."""
-        # XLA multiplies by the reciprocal of a constant divisor when jitted: this one depends on the data, to no effect.
+        # The divisor depends on the data, to no effect: XLA would multiply by the reciprocal of a constant.
         return self.sum / jnp.where(self.sum != 0, np.float32(rows), np.float32(1))
 
     def residual_amax(self, center: Float32[Array, "*stats"], batch_dims: int = 0) -> Float32[Array, "*amax"]:
