@@ -29,15 +29,19 @@ def pass_count(inputs: int, bytes_each: int) -> int:
 def over_all(program: Callable, passes: int) -> Callable:
     """One jitted program: `program` of every input, `passes` times, returning the last outputs.
 
-    A barrier ties each pass to the outputs of the one before, so that no call is removed as a repetition.
+    The passes are a loop that carries the outputs, and a barrier ties the inputs of each to the outputs of the one
+    before: the compiler neither moves a call out of the loop nor drops one as a repetition.
     """
 
+    def one_pass(inputs: Sequence) -> list:
+        return [program(*each) for each in inputs]
+
     def run(inputs: Sequence) -> list:
-        outputs = [program(*each) for each in inputs]
-        for _ in range(passes - 1):
-            inputs, _ = lax.optimization_barrier((inputs, outputs))
-            outputs = [program(*each) for each in inputs]
-        return outputs
+        def again(_, outputs):
+            after, _ = lax.optimization_barrier((inputs, outputs))
+            return one_pass(after)
+
+        return lax.fori_loop(0, passes - 1, again, one_pass(inputs))
 
     return jax.jit(run)
 
