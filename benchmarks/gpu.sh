@@ -26,8 +26,8 @@ part() { # NAME SECONDS COMMAND...
 
 : > "$out/parts.txt"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,memory.total --format=csv > "$out/gpu.csv"
-part tests 150 "$python" -m pytest -q -x -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
-part kernels 170 "$python" -m benchmarks.kernels --out="$out"
-part step 160 "$python" -m benchmarks.step --out="$out"
+part tests 110 "$python" -m pytest -q --maxfail=20 -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
+part kernels 130 "$python" -m benchmarks.kernels --out="$out"
+part step 240 "$python" -m benchmarks.step --out="$out"
 part gemm 45 "$python" -m benchmarks.gemm --repeats=5 --out="$out"
 exit "$failed"

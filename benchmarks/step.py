@@ -6,7 +6,8 @@
 
 A recipe may name its backend (averis@pallas). Every program first takes one step from the same initial state: its loss
 must be finite and near the first program's, or the run ends without a time. Then they take turns, all on one state
-that goes from hand to hand. A ratio is the median over turns of the times in one turn, with a bootstrap interval.
+that goes from hand to hand, and results are written after every turn. A ratio is the median over turns of the times in
+one turn, with a bootstrap interval.
 """
 
 import functools
@@ -14,7 +15,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +80,15 @@ def main(arguments: Sequence[str]) -> None:
         programs.append(program)
         rows.append(row)
         records.write(path, COMMAND, rows, **sizes)
-    times = in_turns(programs, initial(), batch, flags.repeats)
+
+    def report(times: dict[str, list[float]]) -> None:
+        for row in rows:
+            row |= {"seconds": times[row["recipe"]], **summary(row["recipe"], times, tokens)}
+        records.write(path, COMMAND, rows, **sizes)
+
+    in_turns(programs, initial(), batch, flags.repeats, report)
     for row in rows:
-        row |= {"seconds": times[row["recipe"]], **summary(row["recipe"], times, tokens)}
         print(describe(row))
-    records.write(path, COMMAND, rows, **sizes)
 
 
 def configuration(flags, name: str) -> ml_collections.ConfigDict:
@@ -149,7 +154,13 @@ def check(row: dict, reference: dict) -> None:
         )
 
 
-def in_turns(programs: Sequence[Program], state: TrainState, batch: Batch, repeats: int) -> dict[str, list[float]]:
+def in_turns(
+    programs: Sequence[Program],
+    state: TrainState,
+    batch: Batch,
+    repeats: int,
+    after_turn: Callable[[dict[str, list[float]]], None],
+) -> None:
     """Seconds of every program's step in every turn. One state serves all: each step takes the one before's."""
     held = [state]
     del state
@@ -158,7 +169,8 @@ def in_turns(programs: Sequence[Program], state: TrainState, batch: Batch, repea
         held[0], metrics = program(held[0], batch)
         return metrics
 
-    return timing.in_turns({program.name: functools.partial(step, program) for program in programs}, repeats)
+    runs = {program.name: functools.partial(step, program) for program in programs}
+    timing.in_turns(runs, repeats, after_turn=after_turn)
 
 
 def summary(name: str, times: dict[str, list[float]], tokens: int) -> dict:

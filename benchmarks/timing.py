@@ -46,11 +46,16 @@ def over_all(program: Callable, passes: int) -> Callable:
     return jax.jit(run)
 
 
-def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int, launches: int = 1) -> dict[str, list[float]]:
+def in_turns(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    launches: int = 1,
+    after_turn: Callable[[dict[str, list[float]]], None] = lambda seconds: None,
+) -> dict[str, list[float]]:
     """Seconds of one launch of each program, `repeats` times; every turn runs all, each time another one first.
 
     `launches` are sent off one after the other and awaited together, so that the device never waits for Python. The
-    first turn warms up and does not count.
+    first turn warms up and does not count. `after_turn` is given the seconds so far.
     """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -64,6 +69,8 @@ def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int, launches: i
             del result
             if repeat:
                 seconds[name].append((time.perf_counter() - start) / launches)
+        if repeat:
+            after_turn(seconds)
     return seconds
 
 

@@ -42,7 +42,8 @@ def column_stats(x: Float[Array, "*shape"], batch_dims: int = 0) -> ColumnStats:
     """Sum in the order above, minimum and maximum of every column of [*batch, *tokens, features], in float32.
 
     The rows are all tokens of a matrix, in row-major order. A sum of zero is +0; of a minimum or maximum that is zero
-    the sign is not specified. What holds a NaN is NaN.
+    the sign is not specified. A column that holds a NaN has a NaN as its sum, and so as its mean; its minimum and
+    maximum are not specified then (reductions of XLA:CPU pass over NaN where they are vectorized).
 
     Args:
       x: bfloat16 or float32, with at least one token axis, and not empty.
