@@ -1,9 +1,8 @@
 """The kernels that are measured: each with its twin, what both are given, and the bytes that have to move.
 
-A new kernel is a new row of OPERATIONS.
+A new kernel is a new row of OPERATIONS, another way to quantize one of _QUANTIZATIONS.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fp4jax.numerics import NVFP4, column_stats, key_words, quantize_blocks
+from fp4jax.numerics import NVFP4, column_stats, hadamard, key_words, quantize_blocks
 from pallas_kernels import column_stats as column_stats_kernel
 from pallas_kernels import quantize
 
@@ -31,43 +30,63 @@ class Operation:
     written: float
 
 
-def _words() -> Array:
-    return key_words(jax.random.key(1))
-
-
-def _amax(x: Matrix) -> tuple[Array]:
-    """In training the statistics pass gives it."""
-    return (jnp.max(jnp.abs(x.astype(jnp.float32)), keepdims=True),)
-
-
 def _nothing(x: Matrix) -> tuple:
     del x
     return ()
 
 
-def _quantized(q) -> tuple:
-    return q.codes, q.scales
+@dataclass(frozen=True)
+class _Quantization:
+    """One way to quantize, along rows or columns. The tensor maximum is given, as in training by the statistics."""
+
+    columns: bool = False
+    centered: bool = False
+    hadamard: bool = False
+    stochastic: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [word for word in ("centered", "hadamard", "stochastic") if getattr(self, word)]
+        return " ".join(["quantize_columns" if self.columns else "quantize_rows", *words])
+
+    @property
+    def _words(self) -> Array | None:
+        return key_words(jax.random.key(1)) if self.stochastic else None
+
+    def given(self, x: Matrix) -> tuple[Array | None, Array]:
+        """(center, largest magnitude of what is quantized)."""
+        center = column_stats(x).mean(x.shape[0]) if self.centered else None
+        return center, jnp.max(jnp.abs(self._prepared(x, center)), keepdims=True)
+
+    def kernel(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
+        arguments = {"amax": amax, "words": self._words, "center": center}
+        if self.columns:
+            q = quantize.quantize_columns(x, hadamard=self.hadamard, **arguments)
+        else:
+            q = quantize.quantize_rows(x, **arguments)
+        return q.codes, q.scales
+
+    def twin(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
+        axis = -2 if self.columns else -1
+        x = self._prepared(x, center)
+        q = quantize_blocks(x, NVFP4, axes=(axis,), pack_axis=axis, words=self._words, amax=amax)
+        return q.codes, q.scales
+
+    def _prepared(self, x: Matrix, center: Array | None) -> Matrix:
+        x = x.astype(jnp.float32) if center is None else x.astype(jnp.float32) - center
+        return hadamard(x, -2) if self.hadamard else x
 
 
-def _rows(x: Matrix, amax: Array, *, stochastic: bool) -> tuple:
-    return _quantized(quantize.quantize_rows(x, amax=amax, words=_words() if stochastic else None))
+_QUANTIZATIONS = (
+    _Quantization(),
+    _Quantization(stochastic=True),
+    _Quantization(centered=True),
+    _Quantization(columns=True),
+    _Quantization(columns=True, stochastic=True),
+    _Quantization(columns=True, centered=True),
+    _Quantization(columns=True, hadamard=True),
+)
 
-
-def _rows_twin(x: Matrix, amax: Array, *, stochastic: bool) -> tuple:
-    words = _words() if stochastic else None
-    return _quantized(quantize_blocks(x, NVFP4, axes=(-1,), pack_axis=-1, words=words, amax=amax))
-
-
-_PACKED = 0.5 + 1 / NVFP4.block
-
-
-def _quantize_rows(stochastic: bool) -> Operation:
-    kernel, twin = (functools.partial(f, stochastic=stochastic) for f in (_rows, _rows_twin))
-    return Operation(kernel, twin, _amax, _PACKED)
-
-
-OPERATIONS = {
-    "column_stats": Operation(column_stats_kernel.column_stats, column_stats, _nothing, 0.0),
-    "quantize_rows": _quantize_rows(stochastic=False),
-    "quantize_rows stochastic": _quantize_rows(stochastic=True),
+OPERATIONS = {"column_stats": Operation(column_stats_kernel.column_stats, column_stats, _nothing, written=0.0)} | {
+    each.name: Operation(each.kernel, each.twin, each.given, written=0.5 + 1 / NVFP4.block) for each in _QUANTIZATIONS
 }

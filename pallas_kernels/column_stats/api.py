@@ -20,9 +20,10 @@ def column_stats(
 ) -> ColumnStats:
     """Sum, minimum and maximum of every column of [*batch, *tokens, features], in float32.
 
-    Equals `fp4jax.numerics.column_stats(x, batch_dims)` bit for bit where the twin's result is specified: not in
-    the sign of a minimum or maximum of zero, nor in those of a column with a NaN. It has no derivative. Under sharding call it inside `jax.shard_map` and combine what the devices give: XLA would
-    gather the operand of a bare kernel. Features that are odd or fewer than 256 are padded first, by a copy.
+    Equals `fp4jax.numerics.column_stats(x, batch_dims)` bit for bit where the twin's result is specified: not in the
+    sign of a minimum or maximum of zero, nor in those of a column with a NaN. It has no derivative. Under sharding call
+    it inside `jax.shard_map` and combine what the devices give: XLA would gather the operand of a bare kernel. Features
+    that are odd or fewer than 256 are padded first, by a copy.
 
     Args:
       x: bfloat16 or float32, with at least one token axis, and not empty.
