@@ -10,6 +10,7 @@ from benchmarks import gemm, step
 
 
 @pytest.mark.slow
+@pytest.mark.standard_promotion
 def test_a_tiny_step_is_measured_on_any_device(tmp_path, capsys):
     step.main(
         ["--model=tiny", "--layers=1", "--sequences=1", "--length=32", "--recipes=bf16,nvfp4,averis@xla"]
