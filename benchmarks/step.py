@@ -131,7 +131,7 @@ def compiled(name: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Me
 
 
 def prepared(name: str, config: ml_collections.ConfigDict, mesh, initial, batch: Batch) -> tuple[Program | None, dict]:
-    """A program after its first step and what is known of it; None where it fails, which leaves the others to measure."""
+    """A program after its first step and what is known of it; None where it fails: the others can still be measured."""
     try:
         program = compiled(name, config, mesh)
         row = first_step(program, initial(), batch)

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`: all parts are run, in their order, inside nine minutes; one that fails does not stop the others."""
+"""`benchmarks/gpu.sh`: all parts are run in their order, inside nine minutes; one that fails does not stop others."""
 
 import os
 import re
