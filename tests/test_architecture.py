@@ -65,6 +65,7 @@ LEVELS = {
     "fp4jax.plan": 6,
     "fp4jax.sample": 6,
     "fp4jax.testing": 6,
+    "benchmarks": 7,
     "train": 7,
     "eval": 7,
 }
@@ -121,7 +122,11 @@ class Module:
 @functools.cache
 def modules(root: Path) -> dict[str, Module]:
     """Every module of ours under `root` by its dotted name."""
-    paths = [path for top in ("fp4jax", "pallas_kernels", "configs") for path in sorted((root / top).rglob("*.py"))]
+    paths = [
+        path
+        for top in ("fp4jax", "pallas_kernels", "configs", "benchmarks")
+        for path in sorted((root / top).rglob("*.py"))
+    ]
     paths += [path for path in (root / f"{script}.py" for script in SCRIPTS) if path.exists()]
     found = {}
     for path in paths:
@@ -144,7 +149,7 @@ def module_of(root: Path, imported: str) -> str | None:
 
 
 def is_ours(name: str) -> bool:
-    return name.split(".")[0] in {"fp4jax", "pallas_kernels", "configs", *SCRIPTS}
+    return name.split(".")[0] in {"fp4jax", "pallas_kernels", "configs", "benchmarks", *SCRIPTS}
 
 
 def unplaced_modules(root: Path) -> list[str]:
