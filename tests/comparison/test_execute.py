@@ -1,5 +1,6 @@
 """A comparison whose runs are small programs in place of trainings."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -102,3 +103,52 @@ def test_what_another_command_made_in_the_meantime_is_not_repeated(comparison, m
     monkeypatch.setattr(module, "outcome", lambda run: "made")
     execute(comparison, Console(file=io.StringIO()))
     assert (runs[0].folder / CONFIG).exists() and not (runs[1].folder / CONFIG).exists()
+
+
+def test_jobs_are_made_at_a_time_and_no_more(comparison, made_by, monkeypatch):
+    # Every run waits until another one is beside it, and counts those that it sees.
+    program = """
+import pathlib, sys, time
+root, folder, most = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 0
+(folder / "here").touch()
+deadline = time.monotonic() + 20
+while most < 2 and time.monotonic() < deadline:
+    most = max(most, len(list(root.glob("*/*/here"))))
+    time.sleep(0.01)
+time.sleep(0.3)
+(folder / "seen").write_text(str(max(most, len(list(root.glob("*/*/here"))))))
+(folder / "here").unlink()
+(folder / "summary.json").touch()
+"""
+    monkeypatch.setattr(
+        module, "_command", lambda run: [sys.executable, "-c", program, str(comparison.workdir), str(run.folder)]
+    )
+    monkeypatch.setattr(module, "outcome", lambda run: "made")
+    comparison = dataclasses.replace(comparison, seeds=(0, 1))
+    console = io.StringIO()
+    execute(comparison, Console(file=console, width=200), jobs=2)
+    assert [(run.folder / "seen").read_text() for run in comparison.runs()] == ["2"] * 4
+    assert console.getvalue().count("made; ") == 4
+
+
+def test_a_signal_is_passed_on_to_every_run_under_way(comparison, made_by):
+    made_by(WAITS, 128 + signal.SIGINT)
+    runs = list(dataclasses.replace(comparison, seeds=(0, 1)).runs())
+    when_ready(runs[1].folder / LOG, signal.SIGINT)
+    with pytest.raises(RunStopped, match="signals, step 7 is saved"):
+        execute(dataclasses.replace(comparison, seeds=(0, 1)), Console(file=io.StringIO()), jobs=2)
+    # The first one may have got the signal before it had said that it was ready.
+    assert "1 signals, step 7 is saved" in (runs[1].folder / LOG).read_text()
+    assert not runs[2].folder.exists()
+
+
+def test_beside_one_that_fails_the_others_save_their_step(comparison, monkeypatch):
+    fails = "import pathlib, sys, time\nwhile 'ready' not in pathlib.Path(sys.argv[1]).read_text(): time.sleep(0.01)"
+    fails += "\nsys.exit('no such file')"
+    runs = list(dataclasses.replace(comparison, seeds=(0, 1)).runs())
+    programs = {runs[0]: [WAITS, str(128 + signal.SIGTERM)], runs[1]: [fails, str(runs[0].folder / LOG)]}
+    monkeypatch.setattr(module, "_command", lambda run: [sys.executable, "-c", *programs[run]])
+    with pytest.raises(RunFailedError, match=r"^nvfp4, seed 0 failed \(exit code 1\): no such file; see"):
+        execute(dataclasses.replace(comparison, seeds=(0, 1)), Console(file=io.StringIO()), jobs=2)
+    assert "1 signals, step 7 is saved" in (runs[0].folder / LOG).read_text()
+    assert not runs[2].folder.exists()
