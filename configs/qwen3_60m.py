@@ -1,13 +1,13 @@
 """A Qwen3 of 63 million parameters, embedding included: the largest whose comparison with seeds fits minutes of a GPU.
 
-Command:   experiments/compare_60m.sh runs/compare_60m      (several recipes and seeds; the corpus: experiments/corpus.sh)
+Command:   experiments/compare_60m.sh runs/compare_60m      (several recipes and seeds, on experiments/corpus.sh's text)
            python train.py --config=configs/qwen3_60m.py --workdir=runs/qwen3_60m --config.recipe=averis_best
 Hardware:  one GPU with 80 GB
 Time:      not run
 Expect:    not run
 
-All values are assumed: the paper's smallest model has 0.6 billion parameters. The depth is a third of that one's and the
-width three quarters, so that the products are large enough to keep a GPU busy at 16,384 tokens a step.
+All values are assumed: the paper's smallest model has 0.6 billion parameters. Wide for its 8 layers, so that products are
+large enough to keep a GPU busy at 16,384 tokens a step.
 
 configs/qwen3_60m.py reads the prepared set of experiments/corpus.sh; --config.data.source=embedded
 --config.data.tokenizer=embedded runs without it.

@@ -27,7 +27,7 @@ compare() { # FLAGS...
         "${PYTHON:-.venv/bin/python}" -m fp4jax.compare --config=configs/qwen3_60m.py --workdir="$workdir" \
         --primary=averis_best:nvfp4_hadamard --jobs="${JOBS:-1}" --config.log.progress=False \
         --config.steps="$steps" --config.optimizer.warmup_steps=$((steps / 10)) \
-        --config.evaluation.every=$((steps / 6)) --config.data.source="$corpus/prepared" \
+        --config.evaluation.every=$((steps / 4)) --config.data.source="$corpus/prepared" \
         --config.data.tokenizer="$corpus/tokenizer.json" "$@"
 }
 

