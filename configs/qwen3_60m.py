@@ -6,8 +6,8 @@ Hardware:  one GPU with 80 GB
 Time:      not run
 Expect:    not run
 
-All values are assumed: the paper's smallest model has 0.6 billion parameters. Wide for its 8 layers, so that products are
-large enough to keep a GPU busy at 16,384 tokens a step.
+All values are assumed: the paper's smallest model has 0.6 billion parameters. Wide for its 8 layers, so that the
+products are large enough to keep a GPU busy at 16,384 tokens a step.
 
 configs/qwen3_60m.py reads the prepared set of experiments/corpus.sh; --config.data.source=embedded
 --config.data.tokenizer=embedded runs without it.
