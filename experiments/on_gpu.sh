@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # The experiments that want a GPU, one part a call, for a machine that is lent for minutes and then forgotten.
 #
-#     experiments/on_gpu.sh PART OUT [WORKDIR]
+#     experiments/on_gpu.sh PART OUT [FLAGS]
 #
 # PART      smoke       what the machine has, the speed of the 63M model alone and several at a time, a tiny comparison
 #           60m         experiments/compare_60m.sh
 #           ablations   experiments/ablations.sh
 #           smollm2     experiments/continue_smollm2.sh
 # OUT       gets PART.tar.gz: reports, configurations, metrics, logs; no checkpoints. It is written anew every 20 seconds.
-# WORKDIR   of the runs, by default a folder in memory: what is saved there is never read again
+# FLAGS     of fp4jax.compare, for smollm2 alone
 #
-# From the environment: PYTHON, CORPUS, JOBS, STEPS, LIMIT, GGUF as in those scripts. Programs are compiled once for all
-# runs of a call and of the next one on the same machine (FP4JAX_CACHE, /var/tmp/fp4jax).
+# From the environment: PYTHON, CORPUS, JOBS, STEPS, LIMIT, GGUF as in those scripts; WORK, the folder of the runs, by
+# default one in memory (/dev/shm/fp4jax), because what is saved there is never read again. Programs are compiled once
+# for all runs of a call and of the next one on the same machine (FP4JAX_CACHE, /var/tmp/fp4jax).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-part=$1 out=$2 work=${3:-/dev/shm/fp4jax}/$1
+part=$1 out=$2 work=${WORK:-/dev/shm/fp4jax}/$1
 export PYTHON=${PYTHON:-.venv/bin/python} FP4JAX_CACHE=${FP4JAX_CACHE:-/var/tmp/fp4jax}
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
 mkdir -p "$work" "$out"
@@ -76,6 +77,6 @@ case $part in
     smoke) smoke ;;
     60m) experiments/compare_60m.sh "$work" ;;
     ablations) experiments/ablations.sh "$work" ;;
-    smollm2) experiments/continue_smollm2.sh "$work" ;;
+    smollm2) experiments/continue_smollm2.sh "$work" "${@:3}" ;;
     *) echo "unknown part $part: smoke, 60m, ablations or smollm2" >&2; exit 2 ;;
 esac
