@@ -6,12 +6,14 @@
 # centre: averis, averis_centered. Precision of the mean: averis+mean_bf16. What is split: +x_only, +d_only, neither (nvfp4).
 # Stochastic rounding: +sr_all (everywhere), +nearest (nowhere). The mean's extent: +per_sequence.
 # Hadamard on top: averis_centered_hadamard. Policy: first and last blocks in bf16, in a comparison of its own.
+#
+# From the environment: JOBS, runs at a time (1); PYTHON (.venv/bin/python).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 workdir=${1:-runs/ablations}
 
 compare() {
-    .venv/bin/python -m fp4jax.compare --config=configs/averis_tiny.py --seeds=0,1,2 \
+    "${PYTHON:-.venv/bin/python}" -m fp4jax.compare --config=configs/averis_tiny.py --seeds=0,1,2 --jobs="${JOBS:-1}" \
         --config.optimizer.learning_rate=1e-3 --config.evaluation.every=50 --config.evaluation.batches=16 "$@"
 }
 

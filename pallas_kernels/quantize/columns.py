@@ -30,10 +30,21 @@ STRIP = 128 * VECTOR
 """Words of a strip; arrays have that many at least, and a multiple of `VECTOR`."""
 
 _ROWS = NVFP4.block
+_BITS = _ROWS.bit_length() - 1
 # More blocks of rows for each thread block amortize its start; fewer leave enough thread blocks to fill the GPU.
 _MAX_STEPS_PER_THREAD_BLOCK = 8
 _MIN_THREAD_BLOCKS = 1024
-_LAYOUT = functools.partial(compat.tiled_layout, ((STRIP,), (32 * VECTOR,), (VECTOR,)), (-3,), (-2,), -1)
+# The rows of a block are counted by four axes of 2, so that pairs, and each step of the transform, are an axis. They
+# lie in registers; 4 warps of 32 lanes × `VECTOR` words make a strip.
+_BLOCK = (2,) * _BITS
+_TILES = tuple((*_BLOCK, words) for words in (STRIP, 32 * VECTOR, VECTOR))
+_ALL_ROWS = tuple(range(_BITS))
+
+
+def _layout(*removed: int):
+    """Of a block of a strip, less the axes removed."""
+    layout = compat.tiled_layout(_TILES, (-3 - 2 * _BITS,), (-2 - _BITS,), -1)
+    return layout.reduce(removed) if removed else layout
 
 
 def quantize(
@@ -59,20 +70,23 @@ def quantize(
       Codes, two rows of each column of a word (uint16 for pairs, uint8), and the bytes of the block scales likewise.
     """
     groups, rows, words = x.shape
+    blocks = rows // _ROWS
+    hashes = tuple(h.reshape(groups, blocks, *_BLOCK) for h in hashes)
     out_dtype = jnp.uint16 if x.dtype == jnp.uint32 else jnp.uint8
     body = functools.partial(_quantize_kernel, centered=bool(centers), stochastic=bool(hashes), hadamard=hadamard)
     name = "_".join(["quantize_columns", *["stochastic"] * bool(hashes), *["hadamard"] * hadamard])
     run = _strips(
         body,
-        x.shape,
+        (groups, rows, words),
         (
-            jax.ShapeDtypeStruct((groups, rows // 2, words), out_dtype),
-            jax.ShapeDtypeStruct((groups, rows // _ROWS, words), out_dtype),
+            jax.ShapeDtypeStruct((groups, blocks, *_BLOCK[1:], words), out_dtype),
+            jax.ShapeDtypeStruct((groups, blocks, words), out_dtype),
         ),
         name + "_centered" * bool(centers),
         interpret,
     )
-    return run(x, factors, *centers, *hashes)
+    codes, scales = run(x.reshape(groups, blocks, *_BLOCK, words), factors, *centers, *hashes)
+    return codes.reshape(groups, rows // 2, words), scales
 
 
 def hadamard_maxima(
@@ -87,7 +101,8 @@ def hadamard_maxima(
     chunks = pl.cdiv(rows // _ROWS, steps)
     body = functools.partial(_maxima_kernel, centered=bool(centers))
     out = (jax.ShapeDtypeStruct((groups, chunks, words), jnp.float32),)
-    return _strips(body, x.shape, out, "hadamard_maxima" + "_centered" * bool(centers), interpret)(x, *centers)[0]
+    run = _strips(body, x.shape, out, "hadamard_maxima" + "_centered" * bool(centers), interpret)
+    return run(x.reshape(groups, rows // _ROWS, *_BLOCK, words), *centers)[0]
 
 
 def _steps_each(shape) -> int:
@@ -120,27 +135,22 @@ def _quantize_kernel(x_ref, factors_ref, *refs, centered: bool, stochastic: bool
     matrix = group // (x_ref.shape[0] // factors_ref.shape[0])
     factors = [factors_ref[matrix, i] for i in range(elements.FACTORS)]
     centers = _load_centers(center_refs, group, across, x_ref)
-    lane = plgpu.broadcasted_iota(jnp.uint32, (STRIP,), 0, layout=_LAYOUT()) + across.start.astype(jnp.uint32)
 
     @pl.loop(0, steps)
     def _(step):
         block = _block_index(x_ref, step, steps)
         columns = _block(x_ref, group, block, across, centers, hadamard)
-        codes, scales = [], []
-        draws = _draws(hash_refs, group, block, lane, parts) if stochastic else [None] * parts
-        for rows, drawn in zip(columns, draws, strict=True):
-            scale, multiplier = elements.block_scale(_largest(rows), factors)
-            scales.append(scale.astype(jnp.uint32))
-            codes.append(([row * multiplier for row in rows], drawn))
-        for i in range(0, _ROWS, 2):
-            values = [row for rows, _ in codes for row in rows[i : i + 2]]
-            drawn = [d for _, drawn in codes for d in drawn[i : i + 2]] if stochastic else None
-            word = elements.pack(values, drawn)
-            compat.store(
-                codes_ref.at[group, block * (_ROWS // 2) + i // 2, across], word.astype(codes_ref.dtype), _LAYOUT()
-            )
-        word = functools.reduce(jnp.bitwise_or, [scale << 8 * i for i, scale in enumerate(scales)])
-        compat.store(scales_ref.at[group, block, across], word.astype(scales_ref.dtype), _LAYOUT())
+        scales, multipliers = zip(*[elements.block_scale(_largest(x), factors) for x in columns], strict=True)
+        scaled = [x * _down_rows(m, x.shape) for x, m in zip(columns, multipliers, strict=True)]
+        draws = _draws(hash_refs, group, block, across, parts) if stochastic else [None] * parts
+        codes = [_pair_codes(x, drawn) for x, drawn in zip(scaled, draws, strict=True)]
+        compat.store(
+            codes_ref.at[group, block, *_every(_BITS - 1), across],
+            _side_by_side(codes).astype(codes_ref.dtype),
+            _layout(_BITS - 1),
+        )
+        word = _side_by_side([scale.astype(jnp.uint32) for scale in scales])
+        compat.store(scales_ref.at[group, block, across], word.astype(scales_ref.dtype), _layout(*_ALL_ROWS))
 
 
 def _maxima_kernel(x_ref, *refs, centered: bool, steps: int):
@@ -150,10 +160,12 @@ def _maxima_kernel(x_ref, *refs, centered: bool, steps: int):
 
     def step(i, largest):
         columns = _block(x_ref, group, _block_index(x_ref, i, steps), across, centers, hadamard=True)
-        return functools.reduce(jnp.maximum, [_largest(rows) for rows in columns], largest)
+        return functools.reduce(jnp.maximum, map(_largest, columns), largest)
 
-    zero = plgpu.layout_cast(jnp.zeros((STRIP,), jnp.float32), _LAYOUT())
-    compat.store(out_ref.at[group, lax.axis_index("rows"), across], lax.fori_loop(0, steps, step, zero), _LAYOUT())
+    zero = plgpu.layout_cast(jnp.zeros((STRIP,), jnp.float32), _layout(*_ALL_ROWS))
+    compat.store(
+        out_ref.at[group, lax.axis_index("rows"), across], lax.fori_loop(0, steps, step, zero), _layout(*_ALL_ROWS)
+    )
 
 
 def _parts(x_ref) -> int:
@@ -162,50 +174,86 @@ def _parts(x_ref) -> int:
 
 def _across(x_ref):
     """The words of this thread block; the last strip starts earlier where the width is no multiple."""
-    return pl.ds(jnp.minimum(lax.axis_index("columns") * STRIP, x_ref.shape[2] - STRIP), STRIP)
+    return pl.ds(jnp.minimum(lax.axis_index("columns") * STRIP, x_ref.shape[-1] - STRIP), STRIP)
 
 
 def _block_index(x_ref, step, steps: int):
     """The block of rows to take; past the end the last one once more: it writes the same bytes."""
-    return jnp.minimum(lax.axis_index("rows") * steps + step, x_ref.shape[1] // _ROWS - 1)
+    return jnp.minimum(lax.axis_index("rows") * steps + step, x_ref.shape[1] - 1)
 
 
 def _load_centers(refs, group, across, x_ref):
-    return [compat.load(ref.at[group // (x_ref.shape[0] // ref.shape[0]), across], _LAYOUT()) for ref in refs]
+    return [compat.load(ref.at[group // (x_ref.shape[0] // ref.shape[0]), across], _layout(*_ALL_ROWS)) for ref in refs]
 
 
-def _block(x_ref, group, block, across, centers, hadamard: bool) -> list[list[Float32[Array, " strip"]]]:
-    """For each column of a word the 16 values of its block."""
-    loaded = [compat.load(x_ref.at[group, block * _ROWS + i, across], _LAYOUT()) for i in range(_ROWS)]
-    columns = list(zip(*map(elements.bfloat16_pair, loaded), strict=True)) if _parts(x_ref) == 2 else [loaded]
+def _block(x_ref, group, block, across, centers, hadamard: bool) -> list[Float32[Array, "2 2 2 2 strip"]]:
+    """For each column of a word the 16 values of its block, in pairs of rows."""
+    loaded = compat.load(x_ref.at[group, block, *_every(_BITS), across], _layout())
+    columns = elements.bfloat16_pair(loaded) if _parts(x_ref) == 2 else [loaded]
     if centers:
-        columns = [[row - center for row in rows] for rows, center in zip(columns, centers, strict=True)]
-    return [_hadamard(rows) if hadamard else list(rows) for rows in columns]
+        whole = [_down_rows(center, loaded.shape) for center in centers]
+        columns = [x - center for x, center in zip(columns, whole, strict=True)]
+    return [_hadamard(x) for x in columns] if hadamard else columns
 
 
-def _hadamard(rows: Sequence[Float32[Array, "..."]]) -> list[Float32[Array, "..."]]:
-    """`numerics.hadamard` over a list of 16: its order of additions, its rounding to bfloat16."""
-    rows = [row * np.float32(sign) for row, sign in zip(rows, SIGNS, strict=True)]
-    width = 1
-    while width < len(rows):
-        for start in range(0, len(rows), 2 * width):
-            even, odd = rows[start : start + width], rows[start + width : start + 2 * width]
-            rows[start : start + width] = [e + o for e, o in zip(even, odd, strict=True)]
-            rows[start + width : start + 2 * width] = [e - o for e, o in zip(even, odd, strict=True)]
-        width *= 2
-    return [(row * np.float32(len(rows) ** -0.5)).astype(jnp.bfloat16).astype(jnp.float32) for row in rows]
+def _largest(x: Float32[Array, "2 2 2 2 strip"]) -> Float32[Array, " strip"]:
+    return functools.reduce(lambda y, axis: jnp.max(y, axis=axis), reversed(_ALL_ROWS), jnp.abs(x))
 
 
-def _largest(rows):
-    return functools.reduce(jnp.maximum, [jnp.abs(row) for row in rows])
+def _pair_codes(x: Float32[Array, "2 2 2 2 strip"], draws) -> UInt32[Array, "2 2 2 strip"]:
+    """The codes of two rows in 8 bits, the first in the low ones."""
+    word = elements.pack([x], None if draws is None else [draws])
+    second = plgpu.broadcasted_iota(jnp.uint32, x.shape, _BITS - 1, layout=_layout())
+    return jnp.sum(word << second * jnp.uint32(4), axis=_BITS - 1)
 
 
-def _draws(hash_refs, group, block, lane, parts: int) -> list[list[UInt32[Array, " strip"]]]:
-    """For each column of a word the draws of the 16 values of its block."""
-    pair = lane if parts == 2 else lane >> 1
-    draws = []
-    for i in range(_ROWS):
-        a, b = (ref[group, block * _ROWS + i] for ref in hash_refs)
-        even, odd = elements.halves(elements.pair_hash(a, b, pair))
-        draws.append([even, odd] if parts == 2 else [jnp.where(lane & 1 == 1, odd, even)])
-    return list(zip(*draws, strict=True))
+def _side_by_side(bytes_of_columns: Sequence[UInt32[Array, "..."]]) -> UInt32[Array, "..."]:
+    """The bytes of the columns of a word, in one."""
+    return functools.reduce(jnp.bitwise_or, [byte << 8 * i for i, byte in enumerate(bytes_of_columns)])
+
+
+def _draws(hash_refs, group, block, across, parts: int) -> list[UInt32[Array, "2 2 2 2 strip"]]:
+    """For each column of a word the draws of its block."""
+    shape = (*_BLOCK, STRIP)
+    word = plgpu.broadcasted_iota(jnp.uint32, shape, _BITS, layout=_layout()) + across.start.astype(jnp.uint32)
+    rows = [compat.load(ref.at[group, block, *_every(_BITS)], _layout(_BITS)) for ref in hash_refs]
+    a, b = (lax.broadcast_in_dim(row, shape, _ALL_ROWS) for row in rows)
+    even, odd = elements.halves(elements.pair_hash(a, b, word if parts == 2 else word >> 1))
+    return [even, odd] if parts == 2 else [jnp.where(word & 1 == 1, odd, even)]
+
+
+def _every(axes: int):
+    return (slice(None),) * axes
+
+
+def _down_rows(x: Float32[Array, " strip"], shape) -> Float32[Array, "2 2 2 2 strip"]:
+    """One number for each word, repeated for all rows of a block."""
+    return lax.broadcast_in_dim(x, shape, (len(shape) - 1,))
+
+
+def _hadamard(x: Float32[Array, "2 2 2 2 strip"]) -> Float32[Array, "2 2 2 2 strip"]:
+    """`numerics.hadamard` down a block: its order of additions, its rounding to bfloat16."""
+    x = x * _along_rows(SIGNS, x.shape)
+    for axis in reversed(range(_BITS)):
+        is_second = plgpu.broadcasted_iota(jnp.uint32, x.shape, axis, layout=_layout()) == 1
+        kept = tuple(i for i in range(x.ndim) if i != axis)
+        total = jnp.sum(x, axis=axis)
+        difference = jnp.sum(jnp.where(is_second, -x, x), axis=axis)
+        total, difference = (lax.broadcast_in_dim(y, x.shape, kept) for y in (total, difference))
+        x = jnp.where(is_second, difference, total)
+    return _round_to_bfloat16(x * np.float32(_ROWS**-0.5))
+
+
+def _round_to_bfloat16(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Nearest bfloat16, ties to even, by its bits: XLA may remove a pair of casts, in the interpreter."""
+    word = lax.bitcast_convert_type(x, jnp.uint32)
+    word = word + (word >> 16 & jnp.uint32(1)) + jnp.uint32(0x7FFF) & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(word, jnp.float32)
+
+
+def _along_rows(signs, shape):
+    """An array of `shape` whose entries are the signs of their rows."""
+    bits = [plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=_layout()) for axis in range(_BITS)]
+    row = functools.reduce(lambda high, low: high * jnp.uint32(2) + low, bits)
+    negative = sum(1 << i for i, sign in enumerate(signs) if sign < 0)
+    return jnp.where((jnp.uint32(negative) >> row & jnp.uint32(1)) == 1, jnp.float32(-1), jnp.float32(1))
