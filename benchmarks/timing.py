@@ -44,8 +44,10 @@ def over_all(program: Callable, passes: int) -> Callable:
     if passes == 2:
         raise ValueError("two passes: the compiler would drop the second as a repetition; take 1, or 3 or more")
 
+    once = jax.jit(program)  # a kernel is lowered once for all its calls, which may take a second
+
     def one_pass(inputs: Sequence) -> list:
-        return [program(*each) for each in inputs]
+        return [once(*each) for each in inputs]
 
     def run(inputs: Sequence) -> list:
         def again(_, outputs):
