@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh OUT [PYTHON]
 #
 # Writes JSON, logs and the exit code of each part into OUT. A part that fails or runs out of time does not stop the
-# others; the script's own exit code is then 1.
+# others; the script's own exit code is then 1. Where the tree is a copy without its history, set BENCHMARK_COMMIT.
 set -u
 out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT [PYTHON]}")
 python=${2:-python3}

@@ -103,15 +103,16 @@ def _tree(values):
 
 
 def _count_up(i, pending, total):
-    """Adds step i's sum to the binary counter: (what is pending on each level, what the carry has become).
+    """Adds step i's sum to the binary counter: (what is pending on each level, the sum of all levels).
 
-    A level is also written where no carry reached it; the last write before it is read is the carry that did.
+    Sums go up as if each level had its left neighbour waiting. Where it had not, what arrives above is no carry; but the
+    last write of a level before it is read is one, and in the last step all levels are waiting.
     """
     after = []
     for level, waiting in enumerate(pending):
         is_right_neighbour = (i >> level) & 1 == 1
         after.append(_choose(is_right_neighbour, waiting, total))
-        total = _choose(is_right_neighbour, waiting + total, total)
+        total = waiting + total
     return *after, total
 
 

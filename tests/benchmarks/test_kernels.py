@@ -105,6 +105,13 @@ def test_results_are_replaced_whole_and_say_where_they_are_from(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
 
 
+def test_the_commit_of_a_copy_without_history_can_be_told(monkeypatch):
+    monkeypatch.setattr(records, "REPOSITORY", records.Path("/"))
+    assert records.commit() == "unknown"
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
+    assert records.commit() == "abc1234"
+
+
 def test_the_default_folder_is_named_after_the_device(monkeypatch):
     monkeypatch.setattr(records, "about", lambda command: {"device": "NVIDIA H100 80GB HBM3"})
     assert records.default_folder() == records.REPOSITORY / "benchmarks" / "results" / "nvidia_h100_80gb_hbm3"
