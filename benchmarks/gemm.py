@@ -74,9 +74,9 @@ def measure(kind: str, tokens: int, inputs: int, outputs: int, repeats: int) -> 
     check(kind, packed[0])
     runs = {}
     for name, (program, given) in programs.items():
-        jitted = timing.over_all(program, 2)
+        jitted = timing.over_all(program, passes=1)
         runs[name] = lambda jitted=jitted, given=given: jitted(given)
-    times = {name: [t / (2 * count) for t in turns] for name, turns in timing.in_turns(runs, repeats, 2).items()}
+    times = {name: [t / count for t in turns] for name, turns in timing.in_turns(runs, repeats, launches=3).items()}
     seconds = timing.medians(times)
     return {
         "bf16_us": seconds["bf16"] * 1e6,

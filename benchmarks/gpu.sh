@@ -26,8 +26,9 @@ part() { # NAME SECONDS COMMAND...
 
 : > "$out/parts.txt"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,memory.total --format=csv > "$out/gpu.csv"
-part tests 110 "$python" -m pytest -q --maxfail=20 -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
-part kernels 130 "$python" -m benchmarks.kernels --out="$out"
-part step 240 "$python" -m benchmarks.step --out="$out"
+part tests 100 "$python" -m pytest -q --maxfail=20 -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
+part kernels 170 "$python" -m benchmarks.kernels --tokens=4096,65536 --out="$out"
+part step 220 "$python" -m benchmarks.step --out="$out" \
+    --recipes=bf16,nvfp4@pallas,averis@pallas,nvfp4_hadamard@pallas,nvfp4,averis
 part gemm 45 "$python" -m benchmarks.gemm --repeats=5 --out="$out"
 exit "$failed"

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -10,15 +11,19 @@ from benchmarks import gemm, step
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="shows what happens without a GPU")
+@pytest.mark.standard_promotion
 def test_a_tiny_step_is_measured_on_any_device(tmp_path, capsys):
-    step.main(
-        ["--model=tiny", "--layers=1", "--sequences=1", "--length=32", "--recipes=bf16,nvfp4,averis@xla"]
-        + ["--repeats=2", f"--out={tmp_path}"]
-    )
+    with pytest.raises(ValueError, match=r"without a time: nvfp4@pallas; see .*step.json"):
+        step.main(
+            ["--model=tiny", "--layers=1", "--sequences=1", "--length=32", "--repeats=2", f"--out={tmp_path}"]
+            + ["--recipes=bf16,nvfp4@pallas,nvfp4,averis@xla"]
+        )
     found = json.loads((tmp_path / "step.json").read_text())
     assert (found["layers"], found["sequences"], found["length"]) == (1, 1, 32)
     rows = {row["recipe"]: row for row in found["rows"]}
-    assert list(rows) == ["bf16", "nvfp4", "averis@xla"]
+    assert list(rows) == ["bf16", "nvfp4@pallas", "nvfp4", "averis@xla"]
+    assert "needs an NVIDIA GPU" in rows.pop("nvfp4@pallas")["error"]
     for row in rows.values():
         assert len(row["seconds"]) == 2 and row["temporary_bytes"] > 0 and row["compile_seconds"] > 0
         assert row["loss"] == pytest.approx(math.log(4096), rel=0.05)
@@ -49,9 +54,14 @@ def test_ratios_are_to_nvfp4_under_the_same_backend(name, over_bf16, over_nvfp4)
 @pytest.mark.parametrize("loss, grad_norm", [(math.nan, 1.0), (8.0, math.inf), (9.0, 1.0)])
 def test_a_loss_that_cannot_be_right_ends_the_run(loss, grad_norm):
     reference = {"recipe": "bf16", "loss": 8.0, "grad_norm": 1.0}
-    step.check(reference, reference)
+    step.check([reference])
     with pytest.raises(ValueError, match="averis: loss .* no time is reported"):
-        step.check({"recipe": "averis", "loss": loss, "grad_norm": grad_norm}, reference)
+        step.check([reference, {"recipe": "averis", "loss": loss, "grad_norm": grad_norm}])
+
+
+def test_nothing_to_measure_is_an_error():
+    with pytest.raises(ValueError, match="no recipe could be run"):
+        step.check([])
 
 
 def test_a_recipe_twice_is_refused():
