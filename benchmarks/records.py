@@ -1,6 +1,7 @@
 """Where results go: JSON that says which device, release, commit and command they are from."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -26,7 +27,12 @@ def about(command: str) -> dict[str, object]:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; "unknown" where Git does not tell."""
+    """The checkout's commit, with "+changes" where files differ from it; "unknown" where Git does not tell.
+
+    A copy without Git's folder, on another machine, is told by FP4JAX_COMMIT.
+    """
+    if told := os.environ.get("FP4JAX_COMMIT"):
+        return told
     try:
         hash_ = _git("rev-parse", "--short", "HEAD")
         return f"{hash_}+changes" if _git("status", "--porcelain", "--untracked-files=no") else hash_
