@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
-# Thread blocks of 128 threads on each multiprocessor at least: 4 for rows, 2 for columns, with 16 reads a lane under way.
+# Blocks of 128 threads on each multiprocessor at least: 4 for rows, 2 for columns, with 16 reads a lane under way.
 MAX_REGISTERS = {"rows": 128, "columns": 255}
 
 pytestmark = [
