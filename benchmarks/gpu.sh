@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh OUT [PYTHON]
 #
 # Writes JSON, logs and the exit code of each part into OUT. A part that fails or runs out of time does not stop the
-# others; the script's own exit code is then 1. Where the tree is a copy without its history, set BENCHMARK_COMMIT.
+# others; the script's own exit code is then 1. Where the tree is a copy without its history, set FP4JAX_COMMIT.
 set -u
 out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT [PYTHON]}")
 python=${2:-python3}
@@ -26,7 +26,7 @@ part() { # NAME SECONDS COMMAND...
 
 : > "$out/parts.txt"
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,memory.total --format=csv > "$out/gpu.csv"
-part tests 100 "$python" -m pytest -q --maxfail=20 -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
+part tests 100 "$python" -m pytest -q -n 8 --maxfail=20 -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
 part kernels 170 "$python" -m benchmarks.kernels --tokens=4096,65536 --out="$out"
 part step 220 "$python" -m benchmarks.step --out="$out" \
     --recipes=bf16,nvfp4@pallas,averis@pallas,nvfp4_hadamard@pallas,nvfp4,averis

@@ -29,10 +29,10 @@ def about(command: str) -> dict[str, object]:
 def commit() -> str:
     """The checkout's commit, with "+changes" where files differ from it; "unknown" where Git does not tell.
 
-    $BENCHMARK_COMMIT goes before: for a copy of the tree without its history.
+    A copy without Git's folder, on another machine, is told by FP4JAX_COMMIT.
     """
-    if given := os.environ.get("BENCHMARK_COMMIT"):
-        return given
+    if told := os.environ.get("FP4JAX_COMMIT"):
+        return told
     try:
         hash_ = _git("rev-parse", "--short", "HEAD")
         return f"{hash_}+changes" if _git("status", "--porcelain", "--untracked-files=no") else hash_

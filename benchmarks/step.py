@@ -15,7 +15,8 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,8 +73,8 @@ def main(arguments: Sequence[str]) -> None:
     batch = make_batch(first, mesh)
     initial = functools.partial(initial_state, first, mesh)
     programs, rows = [], []
-    for name, config in configs.items():
-        program, row = prepared(name, config, mesh, initial, batch)
+    for name, compilation in compile_all(configs, mesh).items():
+        program, row = prepared(name, compilation, initial, batch)
         programs += [program] if program else []
         rows.append(row)
         records.write(path, COMMAND, rows, **sizes)
@@ -118,27 +119,49 @@ def initial_state(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     return create_state(config, template, make_optimizer(config, template.logical_axes), mesh)
 
 
-def compiled(name: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program:
-    """Compiles the step of `fp4jax.training`, which donates its state."""
+def compile_all(configs: Mapping[str, ml_collections.ConfigDict], mesh: jax.sharding.Mesh) -> dict[str, Future]:
+    """The step of `fp4jax.training` under every configuration; it donates its state.
+
+    Traced one after the other, compiled side by side: each program's own seconds of tracing and of compiling are kept.
+    """
+    with ThreadPoolExecutor(max_workers=len(configs)) as pool:
+        return {name: pool.submit(*_traced(name, config, mesh)) for name, config in configs.items()}
+
+
+def _traced(name: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
+    """What is left to be called, with its arguments; an error is raised there."""
     start = time.perf_counter()
-    step, *arguments = abstract_train_step(config, mesh)
-    with jax.set_mesh(mesh):
-        step = step.lower(*arguments).compile()
-    seconds = time.perf_counter() - start
+    try:
+        step, *arguments = abstract_train_step(config, mesh)
+        with jax.set_mesh(mesh):
+            lowered = step.lower(*arguments)
+    except Exception as error:  # whatever stops one recipe need not cost the time of the others
+        return _raise, error
+    return _compiled, name, lowered, config, time.perf_counter() - start
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _compiled(name: str, lowered: jax.stages.Lowered, config: ml_collections.ConfigDict, seconds: float) -> Program:
+    start = time.perf_counter()
+    step = lowered.compile()
+    seconds += time.perf_counter() - start
     memory = step.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(name, step, config, seconds, {"held": held, "temporary": memory.temp_size_in_bytes})
 
 
-def prepared(name: str, config: ml_collections.ConfigDict, mesh, initial, batch: Batch) -> tuple[Program | None, dict]:
+def prepared(name: str, compilation: Future, initial, batch: Batch) -> tuple[Program | None, dict]:
     """A program after its first step and what is known of it; None where it fails: the others can still be measured."""
     try:
-        program = compiled(name, config, mesh)
+        program = compilation.result()
         row = first_step(program, initial(), batch)
-    except Exception as error:  # whatever stops one recipe, such as memory, need not cost the time of the others
+    except Exception as error:  # such as memory
         print(f"{name:24} {describe_error(error)}", flush=True)
         return None, {"recipe": name, "error": describe_error(error)}
-    print(f"{name:24} compiled in {row['compile_seconds']:.0f} s, loss {row['loss']:.4f}", flush=True)
+    print(f"{name:24} traced and compiled in {row['compile_seconds']:.0f} s, loss {row['loss']:.4f}", flush=True)
     return program, row
 
 

@@ -44,7 +44,7 @@ def over_all(program: Callable, passes: int) -> Callable:
     if passes == 2:
         raise ValueError("two passes: the compiler would drop the second as a repetition; take 1, or 3 or more")
 
-    once = jax.jit(program)  # a kernel is lowered once for all its calls, which may take a second
+    once = jax.jit(program)  # lowered once, however many inputs there are
 
     def one_pass(inputs: Sequence) -> list:
         return [once(*each) for each in inputs]

@@ -9,30 +9,24 @@
 # averis_centered follow with the seeds 0 to 2, as far as the time goes. The number of steps is what the time allows, by
 # the speed that was measured beforehand, and is chosen before the first run.
 #
-# From the environment:
-#   STEPS    of every run (600)
-#   JOBS     runs at a time on the one GPU (1); step times mean something with 1 alone
-#   LIMIT    seconds after which the runs under way save their step and the report is written (none)
-#   CORPUS   folder that experiments/corpus.sh made (runs/corpus)
-#   PYTHON   (.venv/bin/python)
+# From the environment: STEPS of every run (600); CORPUS, the folder that experiments/corpus.sh made (runs/corpus); PYTHON,
+# JOBS and LIMIT as experiments/compare.bash has them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source experiments/compare.bash
 workdir=${1:-runs/compare_60m}
 steps=${STEPS:-600}
 corpus=${CORPUS:-runs/corpus}
 
-compare() { # FLAGS...
-    local left=$((${LIMIT:-1000000} - SECONDS))
-    timeout --foreground --signal=INT --kill-after=60 $((left > 1 ? left : 1)) \
-        "${PYTHON:-.venv/bin/python}" -m fp4jax.compare --config=configs/qwen3_60m.py --workdir="$workdir" \
-        --primary=averis_best:nvfp4_hadamard --jobs="${JOBS:-1}" --config.log.progress=False \
+compare_60m() { # FLAGS...
+    compare --config=configs/qwen3_60m.py --workdir="$workdir" --primary=averis_best:nvfp4_hadamard \
         --config.steps="$steps" --config.optimizer.warmup_steps=$((steps / 10)) \
         --config.evaluation.every=$((steps / 4)) --config.data.source="$corpus/prepared" \
-        --config.data.tokenizer="$corpus/tokenizer.json" "$@"
+        --config.data.tokenizer="$corpus/tokenizer.json" --config.log.progress=False "$@"
 }
 
 all=bf16,nvfp4,nvfp4_hadamard,averis,averis_centered,averis_best
 status=0
-{ compare --recipes=bf16,nvfp4_hadamard,averis_best --seeds=0,1,2,3,4 && compare --recipes=$all --seeds=0,1,2; } || status=$?
-LIMIT=1000000 compare --recipes=$all --seeds=0,1,2,3,4 --only_report # what there is, in one report
+{ compare_60m --recipes=bf16,nvfp4_hadamard,averis_best --seeds=0,1,2,3,4 && compare_60m --recipes=$all --seeds=0,1,2; } || status=$?
+LIMIT= compare_60m --recipes=$all --seeds=0,1,2,3,4 --only_report # what there is, in one report
 exit $status

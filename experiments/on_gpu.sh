@@ -15,6 +15,7 @@
 # for all runs of a call and of the next one on the same machine (FP4JAX_CACHE, /var/tmp/fp4jax).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source experiments/compare.bash
 part=$1 out=$2 work=${WORK:-/dev/shm/fp4jax}/$1
 export PYTHON=${PYTHON:-.venv/bin/python} FP4JAX_CACHE=${FP4JAX_CACHE:-/var/tmp/fp4jax}
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
@@ -26,9 +27,10 @@ share_memory() { # JOBS: an equal part of the device for each
 }
 
 collect() {
+    local new=$out/.$part.$BASHPID
     # A log may grow while it is read, which tar calls a failure; the next round has the rest of it.
-    tar -czf "$out/.$part" -C "$work" --exclude=checkpoints --exclude=tensorboard --exclude='*lock' . 2>/dev/null || true
-    mv "$out/.$part" "$out/$part.tar.gz"
+    tar -czf "$new" -C "$work" --exclude=checkpoints --exclude=tensorboard --exclude='*lock' . 2>/dev/null || true
+    mv "$new" "$out/$part.tar.gz"
 }
 
 smoke() {
@@ -36,29 +38,30 @@ smoke() {
     local steps=${STEPS:-30} jobs
     compare_60m() { # NAME JOBS FLAGS...
         share_memory "$2"
-        "$PYTHON" -m fp4jax.compare --config=configs/qwen3_60m.py --workdir="$work/$1" --jobs="$2" "${@:3}" \
+        JOBS=$2 compare --config=configs/qwen3_60m.py --workdir="$work/$1" "${@:3}" \
             --config.steps="$steps" --config.optimizer.warmup_steps=3 --config.evaluation.batches=2 \
             --config.data.source="${CORPUS:-runs/corpus}/prepared" \
             --config.data.tokenizer="${CORPUS:-runs/corpus}/tokenizer.json" --config.log.progress=False
     }
-    compare_60m first 2 --recipes=bf16,averis_best --seeds=0                    # compiles, both at a time
-    compare_60m alone 1 --recipes=bf16,averis_best --seeds=1                    # from the cache: the speed of one
+    local failed=0
+    compare_60m first 2 --recipes=bf16,averis_best --seeds=0 || failed=1        # compiles, both at a time
+    compare_60m alone 1 --recipes=bf16,averis_best --seeds=1 || failed=1        # from the cache: the speed of one
     for jobs in ${TRY_JOBS:-3}; do
-        compare_60m "beside_$jobs" "$jobs" --recipes=averis_best,bf16 --seeds="$(seq -s, 2 $((jobs + 1)))"
+        compare_60m "beside_$jobs" "$jobs" --recipes=averis_best,bf16 --seeds="$(seq -s, 2 $((jobs + 1)))" || failed=1
     done
-    JOBS=4
-    share_memory $JOBS
-    "$PYTHON" -m fp4jax.compare --config=configs/averis_tiny.py --workdir="$work/tiny" --jobs=$JOBS \
-        --recipes=nvfp4,averis --baseline=nvfp4 --seeds=0,1 --config.steps=20 --config.log.progress=False
-    speeds "$work"/*/*/seed*
+    share_memory 4
+    JOBS=4 compare --config=configs/averis_tiny.py --workdir="$work/tiny" --recipes=nvfp4,averis --baseline=nvfp4 \
+        --seeds=0,1 --config.steps=20 || failed=1
+    speeds "$work"/*/*/seed*/summary.json
+    return $failed
 }
 
-speeds() { # FOLDERS of runs. first: the first step, which compiles; other: start, data, validation, saving
+speeds() { # SUMMARIES of runs. first: the first step, which compiles; other: start, data, validation, saving
     "$PYTHON" - "$@" <<'END'
 import json, pathlib, sys
 
 print(f"{'run':40} {'seconds':>8} {'first':>6} {'other':>6} {'ms/step':>8} {'tokens/s':>9} {'GB':>5} {'loss':>7}")
-for folder in map(pathlib.Path, sys.argv[1:]):
+for folder in (pathlib.Path(summary).parent for summary in sys.argv[1:]):
     summary = json.loads((folder / "summary.json").read_bytes())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first, last = lines[0]["longest_step_seconds"], lines[-1]
@@ -71,7 +74,7 @@ END
 
 (while sleep 20; do collect; done) &
 collector=$!
-trap 'kill $collector 2>/dev/null; collect' EXIT
+trap 'kill $collector 2>/dev/null; collect; rm -f "$out/.$part".*' EXIT
 share_memory "${JOBS:-1}"
 case $part in
     smoke) smoke ;;

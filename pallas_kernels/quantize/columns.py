@@ -47,6 +47,7 @@ def _layout(*removed: int):
     return layout.reduce(removed) if removed else layout
 
 
+@functools.partial(jax.jit, static_argnames=("hadamard", "interpret"))  # lowered once for many calls
 def quantize(
     x: Shaped[Array, "groups rows words"],
     factors: Float32[Array, "batch factors"],
@@ -89,6 +90,7 @@ def quantize(
     return codes.reshape(groups, rows // 2, words), scales
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def hadamard_maxima(
     x: Shaped[Array, "groups rows words"], centers: tuple[Float32[Array, "means words"], ...] = (), *, interpret: bool
 ) -> Float32[Array, "groups chunks words"]:

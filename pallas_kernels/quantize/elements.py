@@ -43,7 +43,9 @@ FACTORS = 1 + _MANTISSAS
 def factors(amax: Float32[Array, " batch"]) -> Float32[Array, "batch {FACTORS}"]:
     """Outside the kernel: what gives a block's scale, then the element multiplier for each scale of the top octave."""
     encode = encode_factor(amax, NVFP4)[:, None]
-    return jnp.concatenate([encode * NVFP4.inverse_peak, 1.0 / (jnp.asarray(_TOP_SCALES) * (1.0 / encode))], axis=1)
+    return jnp.concatenate(
+        [encode * NVFP4.inverse_peak, 1.0 / (jnp.asarray(_TOP_SCALES)[None, :] * (1.0 / encode))], axis=1
+    )
 
 
 def block_scale(block_amax: Float32[Array, "..."], factors: Sequence[Float32[Array, ""]]):

@@ -35,6 +35,7 @@ _TILES = ((8, TILE_BLOCKS, 1, 4), (2, TILE_BLOCKS, 1, 4))
 _LAYOUT = functools.partial(compat.tiled_layout, _TILES, (-8,), (-4, -3), -1)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")  # lowered once for many calls
 def quantize(
     x: Shaped[Array, "batch rows blocks groups 4"],
     factors: Float32[Array, "batch factors"],

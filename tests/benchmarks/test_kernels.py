@@ -108,7 +108,7 @@ def test_results_are_replaced_whole_and_say_where_they_are_from(tmp_path):
 def test_the_commit_of_a_copy_without_history_can_be_told(monkeypatch):
     monkeypatch.setattr(records, "REPOSITORY", records.Path("/"))
     assert records.commit() == "unknown"
-    monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
+    monkeypatch.setenv("FP4JAX_COMMIT", "abc1234")
     assert records.commit() == "abc1234"
 
 
