@@ -105,8 +105,8 @@ def _tree(values):
 def _count_up(i, pending, total):
     """Adds step i's sum to the binary counter: (what is pending on each level, the sum of all levels).
 
-    Sums go up as if each level had its left neighbour waiting. Where it had not, what arrives above is no carry; but the
-    last write of a level before it is read is one, and in the last step all levels are waiting.
+    Sums go up as if each level had its left neighbour waiting. Where it had not, what arrives above is no carry; but
+    the last write of a level before it is read is one, and in the last step all levels are waiting.
     """
     after = []
     for level, waiting in enumerate(pending):
