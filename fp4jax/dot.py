@@ -326,7 +326,7 @@ def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
     quantizer, dtype = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
-    _report_implementation(quantizer.__name__, dtype)
+    _report_implementation(quantizer.name, dtype)
     return quantizer, dtype
 
 

@@ -26,7 +26,7 @@ from fp4jax.numerics import (
     rotate,
 )  # fmt: skip
 from fp4jax.numerics.blocks import Shape
-from fp4jax.quantizers import Draws, Quantizer, Rows, pad_axis, pad_to, transformed
+from fp4jax.quantizers import Draws, Quantizer, Rows, has_column_sums, pad_axis, pad_to, transformed
 from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 
 # Streams of random bits, one for every quantization of a linear layer; frozen, or runs would not repeat.
@@ -141,7 +141,7 @@ class _Context:
             scales=fold(stream, bits.SCALES) if operand.scale_rounding is ScaleRounding.STOCHASTIC else None,
             signs=signs,
         )
-        return self.quantizer(rows, operand, axis, self.batch_dims, drawn)
+        return self.quantizer.quantize(rows, operand, axis, self.batch_dims, drawn)
 
     def signs(self, operand: Operand, slot: str, shape: Shape, axis: int):
         """Fresh signs for a transform of an array of `shape` along `axis`: one set, repeated over the batch axes."""
@@ -183,7 +183,11 @@ def prepare_tokens(
     means = [s for s in (recipe.wgrad.lhs.split, recipe.wgrad.rhs.split) if isinstance(s, MeanSplit)]
     if means:
         axes = mean_axes(means[0], x.ndim, batch_dims)
-        sums = column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
+        kernel, of_matrix = context.quantizer.column_sums, axes == tuple(range(batch_dims, x.ndim - 1))
+        if kernel and of_matrix and has_column_sums(backward.residual) and not by_tokens.hadamard:
+            sums = kernel(backward.residual, batch_dims)
+        else:
+            sums = column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
         backward = dataclasses.replace(backward, sums=sums)
     return Prepared(forward, backward)
 
@@ -256,12 +260,24 @@ def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: s
     if split is None:
         return _SplitOff(), Rows(x)
     if isinstance(split, MeanSplit):
-        mean = column_mean(x, mean_axes(split, x.ndim, context.batch_dims), row_mask)
-        as_operand = context.quantize(Rows(mean), split.mean, f"mean.{name}", -1)
-        center = dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
-        rest = Rows(x, center) if row_mask is None else Rows(residual(x, center, row_mask))
-        return _SplitOff(mean=as_operand), rest
+        return _split_mean(x, split, context, name, row_mask)
     return _split_low_rank(mask_rows(x, row_mask).astype(jnp.float32), split, context, name)
+
+
+def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
+    axes = mean_axes(split, x.ndim, context.batch_dims)
+    stats = None
+    if context.quantizer.column_stats and row_mask is None and axes == tuple(range(context.batch_dims, x.ndim - 1)):
+        stats = context.quantizer.column_stats(x, context.batch_dims)
+        mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
+    else:
+        mean = column_mean(x, axes, row_mask)
+    as_operand = context.quantize(Rows(mean), split.mean, f"mean.{name}", -1)
+    center = dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
+    if row_mask is not None:
+        return _SplitOff(mean=as_operand), Rows(residual(x, center, row_mask))
+    amax = None if stats is None else stats.residual_amax(center, context.batch_dims)
+    return _SplitOff(mean=as_operand), Rows(x, center, amax)
 
 
 def _split_low_rank(x, split: LowRankSplit, context: _Context, name: str):

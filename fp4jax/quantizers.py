@@ -1,4 +1,8 @@
-"""What quantizes an operand: XLA everywhere, or the Pallas kernels where a GPU runs them. Both give the same bits."""
+"""What quantizes an operand: XLA everywhere, or the Pallas kernels where a GPU runs them.
+
+Of the same rows both give the same bits. What differs is the column mean: the kernel adds in the order that
+`numerics.column_stats` defines, XLA's reduction in an order of its own, and the sums agree to rounding.
+"""
 
 import dataclasses
 import functools
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
-from fp4jax.numerics import NVFP4, QTensor, hadamard, quantize_blocks, residual
+from fp4jax.numerics import NVFP4, ColumnStats, QTensor, hadamard, quantize_blocks, residual
 from fp4jax.numerics.blocks import Size
 from fp4jax.recipe_types import Operand
 
@@ -27,10 +31,12 @@ class Rows:
     Attributes:
       x: [*batch, *tokens, features].
       center: float32, shaped like x with size 1 on token axes; None for nothing to subtract.
+      amax: the largest magnitude of the difference, of each matrix, where it is known already.
     """
 
     x: Float[Array, "..."]
     center: Float32[Array, "..."] | None = None
+    amax: Float32[Array, "..."] | None = None
 
     def array(self) -> Float[Array, "..."]:
         """The difference, in float32; x as it is where nothing is subtracted."""
@@ -46,8 +52,22 @@ class Draws:
     signs: Float32[Array, "..."] | None = None
 
 
-# (rows, operand, axis of the blocks, batch_dims, draws) → the quantized operand
-Quantizer = Callable[[Rows, Operand, int, int, Draws], QTensor]
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """What quantizes, and what tells the columns' statistics in one read where there is such a thing.
+
+    Attributes:
+      name: for reports.
+      quantize: (rows, operand, axis of the blocks, batch_dims, draws) → the quantized operand.
+      column_stats: (x, batch_dims) → `numerics.ColumnStats` over all token axes; None: XLA's own reductions serve.
+      column_sums: (an operand in blocks along the tokens, batch_dims) → sums of its values over all token axes, where
+        `has_column_sums`; None likewise.
+    """
+
+    name: str
+    quantize: Callable[[Rows, Operand, int, int, Draws], QTensor]
+    column_stats: Callable[[Float[Array, "..."], int], ColumnStats] | None = None
+    column_sums: Callable[[QTensor, int], Float32[Array, "..."]] | None = None
 
 
 def transformed(rows: Rows, operand: Operand, axis: int, signs: Float32[Array, "..."] | None) -> Float[Array, "..."]:
@@ -81,11 +101,11 @@ def quantize_by_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int
         x, center = rows.array(), None  # a mean for each sequence
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         x = x.astype(jnp.float32)
+    given = {"batch_dims": batch_dims, "center": center, "words": draws.elements}
+    given["amax"] = None if operand.hadamard else rows.amax
     if axis == -1:
-        return kernels.quantize_rows(x, batch_dims=batch_dims, center=center, words=draws.elements)
-    return kernels.quantize_columns(
-        x, batch_dims=batch_dims, center=center, words=draws.elements, hadamard=bool(operand.hadamard)
-    )
+        return kernels.quantize_rows(x, **given)
+    return kernels.quantize_columns(x, hadamard=bool(operand.hadamard), **given)
 
 
 def _no_kernel(operand: Operand, axis: int, draws: Draws) -> str | None:
@@ -107,14 +127,33 @@ def _report_by_xla(reason: str) -> None:
     _log.info("backend='pallas': no kernel for %s, quantized by XLA", reason)
 
 
+def stats_by_kernel(x: Float[Array, "..."], batch_dims: int) -> ColumnStats:
+    """By one kernel for bfloat16 and float32; other dtypes are converted first."""
+    from pallas_kernels import column_stats as kernels
+
+    return kernels.column_stats(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), batch_dims)
+
+
+def sums_by_kernel(q: QTensor, batch_dims: int) -> Float32[Array, "..."]:
+    """By one kernel that reads codes."""
+    from pallas_kernels import column_sums as kernels
+
+    return kernels.column_sums(q, batch_dims)
+
+
+def has_column_sums(value: QTensor | Array) -> bool:
+    """Whether an operand is of the kind that a kernel adds up: NVFP4 in 1x16 blocks along the tokens."""
+    return isinstance(value, QTensor) and value.format == NVFP4 and [axis for axis, _ in value.blocked] == [-2]
+
+
 def by_xla() -> Quantizer:
-    """`quantize_by_xla`."""
-    return quantize_by_xla
+    """XLA, on any device."""
+    return _BY_XLA
 
 
 @functools.cache
 def by_kernels() -> Quantizer:
-    """`quantize_by_kernels`.
+    """The Pallas kernels.
 
     Raises:
       NotImplementedError: this device cannot run them; names it and the alternative.
@@ -123,7 +162,10 @@ def by_kernels() -> Quantizer:
 
     if reason := kernels.unsupported_reason():
         raise NotImplementedError(f"backend='pallas': {reason}; backend='xla' gives the same bits on any device")
-    return quantize_by_kernels
+    return Quantizer("Pallas kernels", quantize_by_kernels, stats_by_kernel, sums_by_kernel)
+
+
+_BY_XLA = Quantizer("XLA", quantize_by_xla)
 
 
 def pad_axis(x, axis: int, multiple: int):

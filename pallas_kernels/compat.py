@@ -36,3 +36,8 @@ def store(ref, value: jax.Array, layout) -> None:
         fragment.store_untiled(memory, optimized=False)
 
     write(ref, value)
+
+
+def not_interpreted() -> str | None:
+    """Why the GPU interpreter cannot run the kernels, or None where it can."""
+    return None if CAN_INTERPRET else f"the GPU interpreter needs JAX 0.12.0 or newer, this is {jax.__version__}"

@@ -83,7 +83,7 @@ ONLY_IMPORTS = {
     "pallas_kernels": {"pallas_kernels", "fp4jax.numerics"},
 }
 CONFIG_LIBRARIES = {"ml_collections"}
-KERNEL_IMPORTERS = {"fp4jax.dot", "benchmarks"}
+KERNEL_IMPORTERS = {"fp4jax.quantizers", "benchmarks"}
 SCRIPTS = ("train", "eval")
 
 MAX_FILE_LINES = 400

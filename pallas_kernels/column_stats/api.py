@@ -53,7 +53,7 @@ def column_stats(
 
 
 def _check(x, batch_dims, device, interpret):
-    if reason := _not_interpreted() if interpret else unsupported_reason(device):
+    if reason := compat.not_interpreted() if interpret else unsupported_reason(device):
         raise NotImplementedError(f"{reason}; use fp4jax.numerics.column_stats")
     if x.dtype not in _DTYPES:
         raise ValueError(f"column_stats takes bfloat16 or float32, got {x.dtype}; convert with x.astype(jnp.float32)")
@@ -63,7 +63,3 @@ def _check(x, batch_dims, device, interpret):
         raise NotImplementedError(
             f"a kernel takes {_BATCH_LIMIT} matrices at most, got {matrices}; use fp4jax.numerics.column_stats"
         )
-
-
-def _not_interpreted():
-    return None if compat.CAN_INTERPRET else f"the GPU interpreter needs JAX 0.12.0 or newer, this is {jax.__version__}"

@@ -210,7 +210,7 @@ def _largest(x, center, batch_dims: int):
 
 
 def _check(x, format, amax, batch_dims, device, interpret):
-    if reason := _not_interpreted() if interpret else unsupported_reason(device):
+    if reason := compat.not_interpreted() if interpret else unsupported_reason(device):
         raise NotImplementedError(f'{reason}; use backend="xla"')
     if format != NVFP4:
         raise NotImplementedError(f'the kernels quantize to {NVFP4}, not to {format}; use backend="xla"')
@@ -226,7 +226,3 @@ def _check(x, format, amax, batch_dims, device, interpret):
     sequences = math.prod(x.shape[:-2])
     if sequences > _GRID_LIMIT:
         raise NotImplementedError(f'a kernel takes {_GRID_LIMIT} sequences at most, got {sequences}; use backend="xla"')
-
-
-def _not_interpreted():
-    return None if compat.CAN_INTERPRET else f"the GPU interpreter needs JAX 0.12.0 or newer, this is {jax.__version__}"
