@@ -67,35 +67,10 @@ def quantize_rows(
       ValueError: x is of another dtype or empty, or `batch_dims`, `amax` or `center` does not fit it.
     """
     _check(x, format, amax, batch_dims, device, interpret)
-    *lead, width = x.shape
-    batch, count = math.prod(lead[:batch_dims]), math.prod(lead[batch_dims:])
-    if center is not None and center.shape != (
-        expected := (*lead[:batch_dims], *[1] * (x.ndim - batch_dims - 1), width)
-    ):
+    expected = (*x.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 1), x.shape[-1])
+    if center is not None and center.shape != expected:
         raise ValueError(f"center must be of shape {expected}, got {center.shape}")
-    if amax is None:
-        amax = _largest(x, center, batch_dims)
-    x = _at_least(x.reshape(batch, count, width), (0, rows.TILE_ROWS[_word_dtype(x)], 16 * rows.TILE_BLOCKS))
-    x = pad_to_blocks(x, (-1,), NVFP4.block)
-    centers = () if center is None else _words_of_center(_widened(center.reshape(batch, width), x.shape[-1]), x.dtype)
-    groups = 2 if x.dtype == jnp.bfloat16 else 4
-    codes, scales = rows.quantize(
-        _words(x).reshape(*x.shape[:2], -1, groups, 4),
-        elements.factors(amax.reshape(batch)),
-        tuple(part.reshape(batch, -1, groups, 4) for part in centers),
-        () if words is None else elements.row_hashes(words, batch, x.shape[1]),
-        interpret=interpret,
-    )
-    blocks = -(-width // NVFP4.block)
-    codes = lax.bitcast_convert_type(codes, jnp.uint8).reshape(batch, x.shape[1], -1)
-    return QTensor(
-        codes=codes[:, :count, : blocks * NVFP4.block // 2].reshape(*lead, -1),
-        scales=scales[:, :count, :blocks].reshape(*lead, -1),
-        amax=amax,
-        format=NVFP4,
-        axis=-1,
-        blocked=((-1, width),),
-    )
+    return _quantize_rows(x, amax, words, center, batch_dims, interpret)
 
 
 def quantize_columns(
@@ -129,16 +104,47 @@ def quantize_columns(
     _check(x, format, amax, batch_dims, device, interpret)
     if x.ndim - batch_dims < 2:
         raise ValueError(f"quantize_columns needs two axes behind batch_dims={batch_dims}, got shape {x.shape}")
-    *lead, length, width = x.shape
-    batch, sequences = math.prod(lead[:batch_dims]), math.prod(lead)
-    rest = lead[batch_dims:]
-    if center is not None and center.shape not in (
-        accepted := [(*lead[:batch_dims], *[1] * len(rest), 1, width), (*lead, 1, width)]
-    ):
+    lead, width = x.shape[:-2], x.shape[-1]
+    accepted = (*lead[:batch_dims], *[1] * (len(lead) - batch_dims), 1, width), (*lead, 1, width)
+    if center is not None and center.shape not in accepted:
         raise ValueError(f"center must be of shape {accepted[0]} or {accepted[1]}, got {center.shape}")
-    if center is not None and length % NVFP4.block:
+    if center is not None and x.shape[-2] % NVFP4.block:
         # Padding must stay zero, and zero minus the center is not.
         x, center = x.astype(jnp.float32) - center, None
+    return _quantize_columns(x, amax, words, center, hadamard, batch_dims, interpret)
+
+
+def _quantize_rows(x, amax, words, center, batch_dims: int, interpret: bool) -> QTensor:
+    *lead, width = x.shape
+    batch, count = math.prod(lead[:batch_dims]), math.prod(lead[batch_dims:])
+    if amax is None:
+        amax = _largest(x, center, batch_dims)
+    x = _at_least(x.reshape(batch, count, width), (0, rows.TILE_ROWS[_word_dtype(x)], 16 * rows.TILE_BLOCKS))
+    x = pad_to_blocks(x, (-1,), NVFP4.block)
+    centers = () if center is None else _words_of_center(_widened(center.reshape(batch, width), x.shape[-1]), x.dtype)
+    groups = 2 if x.dtype == jnp.bfloat16 else 4
+    codes, scales = rows.quantize(
+        _words(x).reshape(*x.shape[:2], -1, groups, 4),
+        elements.factors(amax.reshape(batch)),
+        tuple(part.reshape(batch, -1, groups, 4) for part in centers),
+        () if words is None else elements.row_hashes(words, batch, x.shape[1]),
+        interpret=interpret,
+    )
+    blocks = -(-width // NVFP4.block)
+    codes = lax.bitcast_convert_type(codes, jnp.uint8).reshape(batch, x.shape[1], -1)
+    return QTensor(
+        codes=codes[:, :count, : blocks * NVFP4.block // 2].reshape(*lead, -1),
+        scales=scales[:, :count, :blocks].reshape(*lead, -1),
+        amax=amax,
+        format=NVFP4,
+        axis=-1,
+        blocked=((-1, width),),
+    )
+
+
+def _quantize_columns(x, amax, words, center, hadamard: bool, batch_dims: int, interpret: bool) -> QTensor:
+    *lead, length, width = x.shape
+    batch, sequences = math.prod(lead[:batch_dims]), math.prod(lead)
     if amax is None and not hadamard:
         amax = _largest(x, center, batch_dims)
     full = pad_to_blocks(x, (-2,), NVFP4.block)
