@@ -29,7 +29,7 @@ from fp4jax.canonical import canonicalize, check_canonical, check_operands, chec
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
 from fp4jax.numerics import key_words, mask_rows
 from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, prepare_tokens, prepare_weights
-from fp4jax.quantizers import Quantizer, by_kernels, by_xla
+from fp4jax.quantizers import Quantizer, best, by_kernels, by_xla
 from fp4jax.recipes import Gemm, Recipe, as_recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
 
@@ -342,8 +342,7 @@ def _native_product():
     )
 
 
-# "auto" quantizes by XLA everywhere until the kernels have been measured on hardware.
-_QUANTIZERS = {"auto": by_xla, "xla": by_xla, "pallas": by_kernels}
+_QUANTIZERS = {"auto": best, "xla": by_xla, "pallas": by_kernels}
 _PRODUCTS = {"auto": gemms.emulation_dtype, "emulated": gemms.emulation_dtype, "native": _native_product}
 _SIDES = {"lhs": True, "rhs": False}
 

@@ -16,10 +16,11 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
 from fp4jax.numerics import NVFP4, ColumnStats, QTensor, hadamard, quantize_blocks, residual
-from fp4jax.numerics.blocks import Size
+from fp4jax.numerics.blocks import Shape, Size
 from fp4jax.recipe_types import Operand
 
 _log = logging.getLogger(__name__)
+_MOST_SEQUENCES = 65535  # of a CUDA grid
 _FEWEST_ROWS = 16  # below, a kernel would mostly quantize padding: the row that a mean split takes off
 
 
@@ -91,9 +92,7 @@ def quantize_by_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int
     """By one kernel where there is one for the operand, by XLA (logged) otherwise."""
     from pallas_kernels import quantize as kernels  # on demand: it needs Mosaic GPU
 
-    if math.prod(rows.x.shape[:-1]) < _FEWEST_ROWS:
-        return quantize_by_xla(rows, operand, axis, batch_dims, draws)
-    if reason := _no_kernel(operand, axis, draws):
+    if reason := _no_kernel(rows.x.shape, operand, axis, draws):
         _report_by_xla(reason)
         return quantize_by_xla(rows, operand, axis, batch_dims, draws)
     x, center = rows.x, rows.center
@@ -108,8 +107,14 @@ def quantize_by_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int
     return kernels.quantize_columns(x, hadamard=bool(operand.hadamard), **given)
 
 
-def _no_kernel(operand: Operand, axis: int, draws: Draws) -> str | None:
+def _no_kernel(shape: Shape, operand: Operand, axis: int, draws: Draws) -> str | None:
     """Why no kernel serves the operand, or None."""
+    if not all(isinstance(size, int) for size in shape):
+        return "symbolic shapes"
+    if math.prod(shape[:-1]) < _FEWEST_ROWS:
+        return f"fewer than {_FEWEST_ROWS} rows"
+    if math.prod(shape[:-2]) > _MOST_SEQUENCES:
+        return f"more than {_MOST_SEQUENCES} sequences"
     if operand.format != NVFP4:
         return f"{operand.format}"
     if operand.block:
@@ -163,6 +168,19 @@ def by_kernels() -> Quantizer:
     if reason := kernels.unsupported_reason():
         raise NotImplementedError(f"backend='pallas': {reason}; backend='xla' gives the same bits on any device")
     return Quantizer("Pallas kernels", quantize_by_kernels, stats_by_kernel, sums_by_kernel)
+
+
+def best() -> Quantizer:
+    """The kernels on a single Hopper GPU, where they were measured (docs/benchmarks.md); XLA everywhere else.
+
+    With several devices an array may be sharded, and XLA would gather the operand of a kernel.
+    """
+    first, *others = jax.devices()
+    if others or not str(getattr(first, "compute_capability", "")).startswith("9."):
+        return by_xla()
+    from pallas_kernels import quantize as kernels
+
+    return by_xla() if kernels.unsupported_reason(first) else by_kernels()
 
 
 _BY_XLA = Quantizer("XLA", quantize_by_xla)

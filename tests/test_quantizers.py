@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,26 @@ def test_what_has_no_kernel_is_quantized_by_xla_and_said(calls, caplog):
         assert_identical(results("mxfp4", "pallas"), results("mxfp4", "xla"))
     assert not calls
     assert "no kernel for" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "platforms, capability, chosen",
+    [
+        (["gpu"], "9.0", "Pallas kernels"),
+        (["gpu"], "8.0", "XLA"),
+        (["gpu"], "10.0", "XLA"),
+        (["gpu", "gpu"], "9.0", "XLA"),
+        (["cpu"], None, "XLA"),
+        (["tpu"], None, "XLA"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_kernels_where_they_were_measured(platforms, capability, chosen, calls, monkeypatch):
+    devices = [mock.Mock(spec=jax.Device, platform=platform, device_kind="?") for platform in platforms]
+    for device in devices:
+        device.compute_capability = capability
+    monkeypatch.setattr(quantizers.jax, "devices", lambda: devices)
+    assert quantizers.best().name == chosen
 
 
 def test_few_rows_are_left_to_xla(calls):
