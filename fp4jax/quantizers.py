@@ -173,14 +173,15 @@ def by_kernels() -> Quantizer:
 def best() -> Quantizer:
     """The kernels on a single Hopper GPU, where they were measured (docs/benchmarks.md); XLA everywhere else.
 
-    With several devices an array may be sharded, and XLA would gather the operand of a kernel.
+    With several devices an array may be sharded, and XLA would gather the operand of a kernel. The kernel of column sums
+    has not run on hardware: only `backend="pallas"` takes it.
     """
     first, *others = jax.devices()
     if others or not str(getattr(first, "compute_capability", "")).startswith("9."):
         return by_xla()
     from pallas_kernels import quantize as kernels
 
-    return by_xla() if kernels.unsupported_reason(first) else by_kernels()
+    return by_xla() if kernels.unsupported_reason(first) else dataclasses.replace(by_kernels(), column_sums=None)
 
 
 _BY_XLA = Quantizer("XLA", quantize_by_xla)
