@@ -173,8 +173,8 @@ def by_kernels() -> Quantizer:
 def best() -> Quantizer:
     """The kernels on a single Hopper GPU, where they were measured (docs/benchmarks.md); XLA everywhere else.
 
-    With several devices an array may be sharded, and XLA would gather the operand of a kernel. The kernel of column sums
-    has not run on hardware: only `backend="pallas"` takes it.
+    With several devices an array may be sharded, and XLA would gather the operand of a kernel. The kernel of column
+    sums has not run on hardware: only `backend="pallas"` takes it.
     """
     first, *others = jax.devices()
     if others or not str(getattr(first, "compute_capability", "")).startswith("9."):

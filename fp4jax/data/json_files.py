@@ -76,7 +76,7 @@ def from_fields[T](cls: type[T], value: Any) -> T:
 
 
 def _as(value: Any, kind: Any) -> Any:
-    """A value that `is_of` the type, with its integers made floats where it wants floats: JSON writes 2.0 as it likes."""
+    """A value that `is_of` the type, its integers made floats where it wants floats: JSON writes 2.0 as it likes."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         fitting = [argument for argument in arguments if is_of(value, argument)]
