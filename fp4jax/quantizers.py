@@ -146,9 +146,21 @@ def sums_by_kernel(q: QTensor, batch_dims: int) -> Float32[Array, "..."]:
     return kernels.column_sums(q, batch_dims)
 
 
+def has_column_stats(shape: Shape, batch_dims: int) -> bool:
+    """Whether a kernel takes an array of that shape: sizes that are known, and matrices that fit its grid."""
+    return _fits_grid(shape, batch_dims)
+
+
 def has_column_sums(value: QTensor | Array) -> bool:
-    """Whether an operand is of the kind that a kernel adds up: NVFP4 in 1x16 blocks along the tokens."""
-    return isinstance(value, QTensor) and value.format == NVFP4 and [axis for axis, _ in value.blocked] == [-2]
+    """Whether a kernel adds an operand up: NVFP4 in 1x16 blocks along the tokens, of a shape that fits its grid."""
+    if not isinstance(value, QTensor) or value.format != NVFP4 or [axis for axis, _ in value.blocked] != [-2]:
+        return False
+    return _fits_grid(value.shape, len(value.shape) - 2)
+
+
+def _fits_grid(shape: Shape, axes: int) -> bool:
+    """Whether all sizes are known, and the first `axes` axes hold no more than one axis of a grid."""
+    return all(isinstance(size, int) for size in shape) and math.prod(shape[:axes]) <= _MOST_SEQUENCES
 
 
 def by_xla() -> Quantizer:
@@ -174,7 +186,7 @@ def best() -> Quantizer:
     """The kernels on a single Hopper GPU, where they were measured (docs/benchmarks.md); XLA everywhere else.
 
     With several devices an array may be sharded, and XLA would gather the operand of a kernel. The kernel of column
-    sums has not run on hardware: only `backend="pallas"` takes it.
+    sums was not compared with its twin on hardware: only `backend="pallas"` takes it.
     """
     first, *others = jax.devices()
     if others or not str(getattr(first, "compute_capability", "")).startswith("9."):

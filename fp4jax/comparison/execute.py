@@ -176,8 +176,9 @@ def _make_all(
                 signals.trainings.remove(training)
                 training.close()
                 if problem := training.problem(signals.received):
+                    if not problems and signals.received is None:  # once: a second signal would end them without a save
+                        signals.pass_on(signal.SIGTERM)
                     problems.append(problem)
-                    signals.pass_on(signals.received or signal.SIGTERM)
                 else:
                     done += 1
                     ended(training.run, done)
