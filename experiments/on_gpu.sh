@@ -16,7 +16,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source experiments/compare.bash
-part=$1 out=$2 work=${WORK:-/dev/shm/fp4jax}/$1
+case ${1:-} in
+    smoke | 60m | ablations | smollm2) ;;
+    *) echo "unknown part '${1:-}': smoke, 60m, ablations or smollm2" >&2; exit 2 ;;
+esac
+part=$1 out=${2:?usage: experiments/on_gpu.sh PART OUT} work=${WORK:-/dev/shm/fp4jax}/$1
 export PYTHON=${PYTHON:-.venv/bin/python} FP4JAX_CACHE=${FP4JAX_CACHE:-/var/tmp/fp4jax}
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
 mkdir -p "$work" "$out"
@@ -81,5 +85,4 @@ case $part in
     60m) experiments/compare_60m.sh "$work" ;;
     ablations) experiments/ablations.sh "$work" ;;
     smollm2) experiments/continue_smollm2.sh "$work" "${@:3}" ;;
-    *) echo "unknown part $part: smoke, 60m, ablations or smollm2" >&2; exit 2 ;;
 esac

@@ -53,6 +53,8 @@ def main() -> None:
     )
     for planned in comparison.runs():
         comparison.config_of(planned)
+    if ONLY_REPORT.value and not any(map(is_finished, comparison.runs())):
+        raise ValueError(f"--only_report: none of these runs is finished in {comparison.workdir}; leave the flag out")
     comparison.declare()
     try:
         if not ONLY_REPORT.value:

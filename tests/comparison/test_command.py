@@ -55,6 +55,13 @@ def test_a_comparison_from_start_to_report(tmp_path):
     assert report["runs"] == runs and report["missing_runs"] == 5 and not (tmp_path / "averis").exists()
 
 
+def test_a_report_of_nothing_is_refused_and_leaves_nothing(tmp_path):
+    run = compare(tmp_path / "new", "--recipes=bf16,nvfp4", "--only_report")
+    assert run.returncode == 1
+    assert "none of these runs is finished" in run.stderr and len(run.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_a_signal_saves_the_run_and_the_same_command_goes_on(tmp_path):
     flags, config = ("--recipes=bf16,fp8",), {"steps": 40, "evaluation.every": 40, "checkpoint.every": 1000}
