@@ -35,6 +35,7 @@ LEVELS = {
     "fp4jax.operands": 2,
     "fp4jax.explicit": 2,
     "fp4jax.gemm": 2,
+    "fp4jax.native": 2,
     "fp4jax.scopes": 2,
     "fp4jax.batching": 2,
     "fp4jax.statistics": 2,
