@@ -18,7 +18,7 @@ from fp4jax.numerics import QTensor, formats, rounding
 _BLOCK = 16
 _LEAST_CAPABILITY = 10.0
 # A mesh that is only compiled for gives its devices' names alone.
-_BLACKWELL = re.compile(r"NVIDIA (GB?[23]00|RTX PRO \d+.* Blackwell|.*RTX 50\d\d|GB10|Thor)\b")
+_BLACKWELL = re.compile(r"NVIDIA (G?B[23]00|RTX PRO \d+.* Blackwell|.*RTX 50\d\d|GB10|Thor)\b")
 
 
 def unsupported_reason() -> str | None:
