@@ -27,6 +27,8 @@ SEEDS = flags.DEFINE_list("seeds", ["0"], "Of every recipe; an interval needs tw
 BASELINE = flags.DEFINE_string("baseline", "bf16", "Recipe that loss gaps are measured from.")
 PRIMARY = flags.DEFINE_string("primary", None, "first:second, the one comparison that is declared before the runs.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of runs and report; by default runs/compare_<config's name>.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Runs made at a time, on the same devices.", lower_bound=1)
+ONLY_REPORT = flags.DEFINE_bool("only_report", False, "Make no run; report the finished ones among those asked for.")
 REDRAW = flags.DEFINE_bool("redraw", False, "Only make the report again, from comparison.json in --workdir.")
 
 
@@ -53,7 +55,8 @@ def main() -> None:
         comparison.config_of(planned)
     comparison.declare()
     try:
-        execute(comparison, make_console())
+        if not ONLY_REPORT.value:
+            execute(comparison, make_console(), JOBS.value)
     finally:
         _report(comparison)
 

@@ -27,8 +27,9 @@ from fp4jax import scopes
 from fp4jax.batching import once_differentiable, vary_alike, vmappable
 from fp4jax.canonical import canonicalize, check_canonical, check_operands, check_row_mask, result_type
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
-from fp4jax.numerics import NVFP4, key_words, mask_rows, quantize_blocks
-from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, Quantizer, prepare_tokens, prepare_weights
+from fp4jax.numerics import key_words, mask_rows
+from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, prepare_tokens, prepare_weights
+from fp4jax.quantizers import Quantizer, best, by_kernels, by_xla
 from fp4jax.recipes import Gemm, Recipe, as_recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
 
@@ -325,7 +326,7 @@ def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
     quantizer, execution = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
-    _report_implementation(quantizer.__name__, execution)
+    _report_implementation(quantizer.name, execution)
     return quantizer, execution
 
 
@@ -335,30 +336,7 @@ def _report_implementation(quantizer: str, execution: gemms.Execution) -> None:
     _log.info("quantizer: %s; products: %s, accumulated in float32", quantizer, execution)
 
 
-def _xla_quantizer() -> Quantizer:
-    return quantize_blocks
-
-
-@functools.cache
-def _pallas_quantizer() -> Quantizer:
-    from pallas_kernels import quantize as kernels  # on demand: it needs Mosaic GPU
-
-    reason = kernels.unsupported_reason()
-    if reason:
-        raise NotImplementedError(f"backend='pallas': {reason}; backend='xla' gives the same bits on any device")
-
-    def rows_by_kernel_others_by_xla(x, format, *, axes, pack_axis, batch_dims=0, words=None, **scaling):
-        plain = not any(scaling.values())  # the kernel has NVFP4's own scales only
-        if axes == (-1,) and format == NVFP4 and plain:
-            x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
-            return kernels.quantize_rows(x, format, batch_dims=batch_dims, words=words)
-        return quantize_blocks(x, format, axes=axes, pack_axis=pack_axis, batch_dims=batch_dims, words=words, **scaling)
-
-    return rows_by_kernel_others_by_xla
-
-
-# "auto" quantizes by XLA everywhere until the kernels have been measured on hardware.
-_QUANTIZERS = {"auto": _xla_quantizer, "xla": _xla_quantizer, "pallas": _pallas_quantizer}
+_QUANTIZERS = {"auto": best, "xla": by_xla, "pallas": by_kernels}
 _PRODUCTS = {"auto": gemms.best, "emulated": gemms.emulated, "native": gemms.native_or_error}
 _SIDES = {"lhs": True, "rhs": False}
 

@@ -7,7 +7,6 @@ Token axes are never merged: blocks along the tokens run along the last token ax
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,13 @@ from fp4jax.numerics import (
     bits,
     column_mean,
     fold,
-    hadamard,
     low_rank_factors,
     mask_rows,
     residual,
     rotate,
 )  # fmt: skip
-from fp4jax.numerics.blocks import Shape, Size
+from fp4jax.numerics.blocks import Shape
+from fp4jax.quantizers import Draws, Quantizer, Rows, has_column_sums, pad_axis, pad_to, transformed
 from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 
 # Streams of random bits, one for every quantization of a linear layer; frozen, or runs would not repeat.
@@ -35,9 +34,6 @@ SLOTS = {
     "fprop.x": 0, "fprop.w": 1, "dgrad.g": 2, "dgrad.w": 3, "wgrad.x": 4, "wgrad.g": 5, "mean.x": 6, "mean.g": 7,
     "signs.x": 8, "signs.w": 9, "left.x": 10, "right.x": 11, "left.w": 12, "right.w": 13, "left.g": 14, "right.g": 15,
 }  # fmt: skip
-
-# `numerics.quantize_blocks`, or a kernel that equals it, with its arguments.
-Quantizer = Callable[..., QTensor]
 
 
 @jax.tree_util.register_dataclass
@@ -135,20 +131,17 @@ class _Context:
     def stream(self, slot: str):
         return None if self.words is None else fold(self.words, SLOTS[slot])
 
-    def quantize(self, x, operand: Operand, slot: str, axis: int, signs=None) -> QTensor | Array:
-        """`x` transformed and quantized as `operand` says, by blocks along `axis`."""
-        if operand.hadamard:
-            x = hadamard(_pad_axis(x, axis, operand.hadamard), axis, operand.hadamard, signs)
+    def quantize(self, rows: Rows, operand: Operand, slot: str, axis: int, signs=None) -> QTensor | Array:
+        """`rows` centred, transformed and quantized as `operand` says, by blocks along `axis`."""
         if operand.format is None:
-            return x
+            return transformed(rows, operand, axis, signs)
         stream = self.stream(slot)
-        stochastic_scales = operand.scale_rounding is ScaleRounding.STOCHASTIC
-        return self.quantizer(
-            x, operand.format, axes=(-2, -1) if operand.block else (axis,), pack_axis=axis, batch_dims=self.batch_dims,
-            words=stream if operand.rounding is Rounding.STOCHASTIC else None, candidates=operand.candidates,
-            scale_rounding=operand.scale_rounding, correction=operand.correction,
-            scale_words=fold(stream, bits.SCALES) if stochastic_scales else None,
-        )  # fmt: skip
+        drawn = Draws(
+            elements=stream if operand.rounding is Rounding.STOCHASTIC else None,
+            scales=fold(stream, bits.SCALES) if operand.scale_rounding is ScaleRounding.STOCHASTIC else None,
+            signs=signs,
+        )
+        return self.quantizer.quantize(rows, operand, axis, self.batch_dims, drawn)
 
     def signs(self, operand: Operand, slot: str, shape: Shape, axis: int):
         """Fresh signs for a transform of an array of `shape` along `axis`: one set, repeated over the batch axes."""
@@ -171,7 +164,7 @@ def prepare_tokens(
     context = _Context(batch_dims, words, quantizer)
     by_features, by_tokens = recipe.slots[slots.features], recipe.slots[slots.tokens]
     split, rest = _split(x, by_features.split or by_tokens.split, context, slots.name, row_mask)
-    whole = mask_rows(x, row_mask)
+    whole = Rows(mask_rows(x, row_mask))
     feature_signs, token_signs = (partner and partner.signs for partner in partners)
     if feature_signs is not None:  # W has fewer axes
         feature_signs = feature_signs.reshape(
@@ -190,7 +183,11 @@ def prepare_tokens(
     means = [s for s in (recipe.wgrad.lhs.split, recipe.wgrad.rhs.split) if isinstance(s, MeanSplit)]
     if means:
         axes = mean_axes(means[0], x.ndim, batch_dims)
-        sums = column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
+        kernel, of_matrix = context.quantizer.column_sums, axes == tuple(range(batch_dims, x.ndim - 1))
+        if kernel and of_matrix and has_column_sums(backward.residual) and not by_tokens.hadamard:
+            sums = kernel(backward.residual, batch_dims)
+        else:
+            sums = column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
         backward = dataclasses.replace(backward, sums=sums)
     return Prepared(forward, backward)
 
@@ -200,31 +197,31 @@ def prepare_weights(w, recipe: Recipe, batch_dims: int, words, quantizer: Quanti
     context = _Context(batch_dims, words, quantizer)
     by_inputs, by_outputs = recipe.fprop.rhs, recipe.dgrad.rhs
     split, rest = _split(w, by_inputs.split or by_outputs.split, context, "w", None)
-    forward = _part(rest if by_inputs.split else w, split, by_inputs, "fprop.w", -2, context, None)
+    forward = _part(rest if by_inputs.split else Rows(w), split, by_inputs, "fprop.w", -2, context, None)
     nearest = by_inputs.rounding is Rounding.NEAREST
     if by_inputs == by_outputs and by_inputs.block and nearest and not by_inputs.hadamard:
         return Prepared(forward, forward)  # square blocks: W and its transpose are the same values
     if by_outputs.draws and words is None:
         return Prepared(forward, None)
     signs = context.signs(by_outputs, "signs.w", w.shape, -1)
-    rows = rest if by_outputs.split else w
+    rows = rest if by_outputs.split else Rows(w)
     return Prepared(forward, _backward_part(forward, rows, split, by_outputs, "dgrad.w", -1, context, signs))
 
 
-def _part(rows, split: _SplitOff, operand: Operand, slot: str, axis: int, context: _Context, signs) -> Part:
+def _part(rows: Rows, split: _SplitOff, operand: Operand, slot: str, axis: int, context: _Context, signs) -> Part:
     residual = context.quantize(rows, operand, slot, axis, signs)
     split = split if operand.split else _SplitOff()
     return Part(residual, mean=split.mean, low_rank=split.low_rank, signs=signs)
 
 
 def _backward_part(
-    forward: Part, rows, split: _SplitOff, operand: Operand, slot: str, axis: int, context, signs
+    forward: Part, rows: Rows, split: _SplitOff, operand: Operand, slot: str, axis: int, context, signs
 ) -> Part:
     """The copy for the backward, made from the original rows or from the forward's quantized ones."""
     if operand.is_copy:
         return forward
     if operand.source is Source.QUANTIZED:
-        rows = dequantize(forward.residual)
+        rows = Rows(dequantize(forward.residual))
     return _part(rows, split, operand, slot, axis, context, signs)
 
 
@@ -252,33 +249,46 @@ def column_sums(
     if not operand.hadamard:
         return jnp.sum(dequantize(value), axis=axes, keepdims=True)
     ones = mask_rows(jnp.ones((*shape[:-1], 1), jnp.float32), row_mask)
-    ones = rotate(_pad_axis(ones, -2, operand.hadamard), -2, operand.hadamard, signs)
+    ones = rotate(pad_axis(ones, -2, operand.hadamard), -2, operand.hadamard, signs)
     if isinstance(value, QTensor):
         value = value.scaled_values(padded=(-2,))
-    return jnp.sum(_pad_to(value, -2, ones.shape[-2]) * _pad_to(ones, -2, value.shape[-2]), axis=axes, keepdims=True)
+    return jnp.sum(pad_to(value, -2, ones.shape[-2]) * pad_to(ones, -2, value.shape[-2]), axis=axes, keepdims=True)
 
 
 def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: str, row_mask):
-    """(what is split off, the residual)."""
+    """(what is split off, the rows that are left)."""
     if split is None:
-        return _SplitOff(), x
+        return _SplitOff(), Rows(x)
     if isinstance(split, MeanSplit):
-        mean = column_mean(x, mean_axes(split, x.ndim, context.batch_dims), row_mask)
-        as_operand = context.quantize(mean, split.mean, f"mean.{name}", -1)
-        center = dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
-        return _SplitOff(mean=as_operand), residual(x, center, row_mask)
+        return _split_mean(x, split, context, name, row_mask)
     return _split_low_rank(mask_rows(x, row_mask).astype(jnp.float32), split, context, name)
+
+
+def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
+    axes = mean_axes(split, x.ndim, context.batch_dims)
+    stats = None
+    if context.quantizer.column_stats and row_mask is None and axes == tuple(range(context.batch_dims, x.ndim - 1)):
+        stats = context.quantizer.column_stats(x, context.batch_dims)
+        mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
+    else:
+        mean = column_mean(x, axes, row_mask)
+    as_operand = context.quantize(Rows(mean), split.mean, f"mean.{name}", -1)
+    center = dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
+    if row_mask is not None:
+        return _SplitOff(mean=as_operand), Rows(residual(x, center, row_mask))
+    amax = None if stats is None else stats.residual_amax(center, context.batch_dims)
+    return _SplitOff(mean=as_operand), Rows(x, center, amax)
 
 
 def _split_low_rank(x, split: LowRankSplit, context: _Context, name: str):
     exact = exact_low_rank(x, split, context.batch_dims)
     quantized = LowRank(
-        context.quantize(exact.left, split.factor, f"left.{name}", -2),
+        context.quantize(Rows(exact.left), split.factor, f"left.{name}", -2),
         exact.scale,
-        context.quantize(exact.right, split.factor, f"right.{name}", -1),
+        context.quantize(Rows(exact.right), split.factor, f"right.{name}", -1),
     )
     taken_off = quantized if split.centered else exact
-    return _SplitOff(low_rank=quantized), x - low_rank_product(taken_off, context.batch_dims)
+    return _SplitOff(low_rank=quantized), Rows(x - low_rank_product(taken_off, context.batch_dims))
 
 
 def exact_low_rank(x: Float32[Array, "..."], split: LowRankSplit, batch_dims: int) -> LowRank:
@@ -311,15 +321,3 @@ def low_rank_factors_of(low_rank: LowRank, batch_dims: int) -> tuple[Float32[Arr
     """(left × singular values [*batch, *rows, rank], right [*batch, rank, features]), dequantized."""
     right = dequantize(low_rank.right)
     return dequantize(low_rank.left) * low_rank.scale, right.reshape(*right.shape[:batch_dims], *right.shape[-2:])
-
-
-def _pad_axis(x, axis: int, multiple: int):
-    """Zeros behind the end of `axis` up to a multiple of the Hadamard width."""
-    return _pad_to(x, axis, -(-x.shape[axis] // multiple) * multiple)
-
-
-def _pad_to(x, axis: int, size: Size):
-    missing = size - x.shape[axis]
-    if isinstance(missing, int) and missing <= 0:
-        return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])

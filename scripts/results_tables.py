@@ -6,6 +6,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -13,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fp4jax.analysis.ptq.measure import Measurement, Sample
+from fp4jax.comparison.report import read_numbers
+from fp4jax.comparison.tables import gap_table, pair_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("RESULTS.md", "docs/recipes.md", "docs/faults.md")
+PAGES = ("RESULTS.md", "docs/recipes.md", "docs/faults.md", "docs/benchmarks.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -76,13 +79,71 @@ def overheads() -> str:
     return _table(("what", "measured", "commit and machine"), rows)
 
 
+H200 = ROOT / "benchmarks/results/nvidia_h200"
+
+
+def kernels() -> str:
+    """Every kernel over the shapes that were measured."""
+    measured = json.loads((H200 / "kernels.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"`{row['operation']}`",
+            f"{row['tokens']} x {row['features']}",
+            f"{row['kernel_us']:.0f}",
+            f"{row['kernel_gb_s']:,.0f}",
+            f"{100 * row['share_of_copy_bandwidth']:.0f} %",
+            f"{row['xla_over_kernel']:.1f}",
+        )
+        for row in sorted(measured["rows"], key=lambda row: (row["operation"], row["tokens"], row["features"]))
+    ]
+    header = ("kernel, bfloat16", "tokens x features", "us", "GB/s", "of XLA's copy", "XLA's time over the kernel's")
+    return _table(header, rows)
+
+
+def step() -> str:
+    """The training step by recipe and backend, relative to the references of the same run."""
+    measured = json.loads((H200 / "step.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"`{row['recipe']}`",
+            f"{1e3 * row['median_seconds']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{(row['held_bytes'] + row['temporary_bytes']) / 2**30:.1f}",
+            *(_ratio(row.get(f"over_{reference}")) for reference in ("bf16", "nvfp4")),
+        )
+        for row in measured["rows"]
+    ]
+    return _table(("recipe", "ms", "tokens/s", "GiB", "over `bf16`", "over `nvfp4`"), rows)
+
+
+def comparison(name: str) -> str:
+    """Loss gaps, and their differences paired over seeds, of the comparison in results/NAME."""
+    numbers, records = read_numbers(ROOT / "results" / name)
+    declared = numbers["declaration"]
+    primary = declared["primary"] and tuple(declared["primary"])
+    tables = gap_table(records, declared["baseline"]), pair_table(records, declared["baseline"], primary)
+    return "\n\n".join(_table(table.header, table.rows) for table in tables)
+
+
+def _ratio(found: dict | None) -> str:
+    return "" if found is None else f"{found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
 def _cost_of_saving(times: dict) -> str:
     total, median, pairs = (times[f"cost_of_{what}"] for what in ("saving_total", "saving_median", "each_pair"))
     low, high = min(pairs), max(pairs)
     return f"{100 * total:+.1f} % in all, median {100 * median:+.1f} %, pairs {100 * low:+.1f} to {100 * high:+.1f} %"
 
 
-TABLES: dict[str, Callable[[], str]] = {"ptq": ptq, "search": search, "fuzzing": fuzzing, "overheads": overheads}
+TABLES: dict[str, Callable[[], str]] = {
+    "ptq": ptq,
+    "search": search,
+    "fuzzing": fuzzing,
+    "overheads": overheads,
+    "kernels": kernels,
+    "step": step,
+    "compare_60m": functools.partial(comparison, "compare_60m"),
+}
 
 
 def current(text: str) -> str:

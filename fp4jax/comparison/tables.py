@@ -22,9 +22,9 @@ CURVES_MEAN = (
 )
 COST_MEANS = (
     "Step time is the mean of a run's last process, compilation, validation and saving apart; the median over seeds. "
-    "The runs were made one after the other: on a machine that does other work, ratios of times carry that. Products "
-    "that are emulated cost more than the hardware's own would. Memory: the peak of the device, or of the process "
-    "where a device keeps no count."
+    "On a machine that does other work, or several of these runs at a time (`--jobs`), ratios of times carry that. "
+    "Products that are emulated cost more than the hardware's own would. Memory: the peak of the device, or of the "
+    "process where a device keeps no count."
 )
 HEALTH_MEANS = "At the last measurement of each run, over all parameters, mean over seeds."
 HEALTH_MISSING = "Not measured; `--config.health.every=N` measures the noise of every operand every N steps."

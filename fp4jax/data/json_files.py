@@ -69,7 +69,23 @@ def from_fields[T](cls: type[T], value: Any) -> T:
     unknown = sorted(check_fields(value, fields).keys() - fields.keys())
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}")
-    return cls(**value)
+    try:
+        return cls(**{name: _as(value[name], kind) for name, kind in fields.items()})
+    except OverflowError:
+        raise ValueError("a number beyond the range of float64") from None
+
+
+def _as(value: Any, kind: Any) -> Any:
+    """A value that `is_of` the type, its integers made floats where it wants floats: JSON writes 2.0 as it likes."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        fitting = [argument for argument in arguments if is_of(value, argument)]
+        return value if int in fitting else _as(value, fitting[0])
+    if origin is list:
+        return [_as(element, arguments[0]) for element in value]
+    if origin is dict:
+        return {key: _as(element, arguments[1]) for key, element in value.items()}
+    return float(value) if kind is float else value
 
 
 def is_of(value: Any, kind: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Shaped
 
 Size = Any
 """An int. Under `jax.export` it may be a symbolic dimension, whose class JAX keeps to itself."""
@@ -29,7 +29,7 @@ def inner_axes(rank: int, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis + count + 1 for count, axis in enumerate(ordered))
 
 
-def pad_to_blocks(x: Float32[Array, "..."], axes: tuple[int, ...], multiple: int) -> Float32[Array, "..."]:
+def pad_to_blocks(x: Shaped[Array, "..."], axes: tuple[int, ...], multiple: int) -> Shaped[Array, "..."]:
     """Zeros behind the end of every axis of `axes` up to a multiple."""
     widths = [whole(size, multiple) - size if axis - x.ndim in axes else 0 for axis, size in enumerate(x.shape)]
     if all(isinstance(width, int) and width == 0 for width in widths):

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float32, UInt8, UInt32
 
 from fp4jax.numerics import formats
 
-_TO_INTEGER = 2.0**23
-_TO_FIXED_POINT = 2.0**7
+TO_INTEGER = 2.0**23
+TO_FIXED_POINT = 2.0**7
 _FLOAT32_BIAS = 127
 _FLOAT32_MANTISSA_BITS = 23
 _FEW_PIECES = 3  # beyond so many octaves, bit operations are cheaper than a minimum of lines
@@ -28,8 +28,14 @@ def _bits(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _code_position(magnitude, element: formats.Float, magic: float):
-    """Position of `magnitude` among the codes plus `magic`, rounded to the last mantissa bit that `magic` leaves."""
+def code_position(
+    magnitude: Float32[Array, "*shape"], element: formats.Float, magic: float
+) -> Float32[Array, "*shape"]:
+    """Position of `magnitude` among the codes of `element` plus `magic`, rounded to the last mantissa bit that is left.
+
+    Saturates at the largest code. With `TO_INTEGER` the low bits of the result are the nearest code, with
+    `TO_FIXED_POINT` they are the position in fixed point, 16 fraction bits.
+    """
     pieces = [magnitude * slope + (offset + magic) for slope, offset in element.code_pieces]
     return jnp.minimum(functools.reduce(jnp.minimum, pieces), magic + len(element.magnitudes) - 1)
 
@@ -41,7 +47,7 @@ def encode_nearest(x: Float32[Array, "*shape"], element: formats.Float) -> UInt3
     """
     if len(element.code_pieces) > _FEW_PIECES:
         return _with_sign(_nearest_code(jnp.minimum(jnp.abs(x), element.max), element), x, element)
-    return _with_sign(_bits(_code_position(jnp.abs(x), element, _TO_INTEGER)), x, element)
+    return _with_sign(_bits(code_position(jnp.abs(x), element, TO_INTEGER)), x, element)
 
 
 def encode_stochastic(
@@ -55,7 +61,7 @@ def encode_stochastic(
 
     The position is rounded to 16 fraction bits; over all 65,536 draws its mean is exact.
     """
-    fixed = _bits(_code_position(jnp.abs(x), element, _TO_FIXED_POINT))
+    fixed = _bits(code_position(jnp.abs(x), element, TO_FIXED_POINT))
     return _with_sign((fixed + draw) >> 16, x, element)
 
 
@@ -131,7 +137,7 @@ def _nearest_code(x, element: formats.Float):
     bits = _bits(x)
     half_to_even = (bits >> drop & 1) + jnp.uint32((1 << (drop - 1)) - 1)
     normal = (bits + half_to_even >> drop) - jnp.uint32((_FLOAT32_BIAS - element.bias) << element.mantissa_bits)
-    subnormal = _bits(x + element.ulp_of_subnormals * _TO_INTEGER) & jnp.uint32(0xFF)
+    subnormal = _bits(x + element.ulp_of_subnormals * TO_INTEGER) & jnp.uint32(0xFF)
     return jnp.where(x < 2.0**element.min_exponent, subnormal, normal)
 
 

@@ -34,7 +34,7 @@ def _products(config: ml_collections.ConfigDict, recipes: Iterable[Recipe]) -> s
     quantizer, execution = implementation(config.backend, config.gemm)
     if all(recipe.is_high_precision for recipe in recipes):
         return f"{config.model.dtype}, accumulated in float32"
-    return f"FP4 {execution}, accumulated in float32; quantizer: {quantizer.__name__}"
+    return f"FP4 {execution}, accumulated in float32; quantizer: {quantizer.name}"
 
 
 def _policy(config: ml_collections.ConfigDict) -> str:

@@ -1,5 +1,5 @@
-"""Row-wise quantization to NVFP4 in blocks of 1x16. Twin: `fp4jax.numerics.quantize_blocks`."""
+"""Quantization to NVFP4 in blocks of 1x16, along rows and along columns. Twin: `fp4jax.numerics.quantize_blocks`."""
 
-from pallas_kernels.quantize.api import quantize_rows, unsupported_reason
+from pallas_kernels.quantize.api import quantize_columns, quantize_rows, unsupported_reason
 
-__all__ = ["quantize_rows", "unsupported_reason"]
+__all__ = ["quantize_columns", "quantize_rows", "unsupported_reason"]

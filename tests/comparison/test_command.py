@@ -47,6 +47,12 @@ def test_a_comparison_from_start_to_report(tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
     assert runs[:2] == numbers["runs"] and runs[2]["losses"] != runs[0]["losses"]
+    # A report alone, of more than there is.
+    flags = ("--recipes=bf16,nvfp4,averis", "--primary=nvfp4:bf16", "--seeds=0,1,2", "--only_report")
+    only = compare(tmp_path, *flags)
+    assert only.returncode == 0 and "4 of 9 runs" in only.stdout, only.stderr
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    assert report["runs"] == runs and report["missing_runs"] == 5 and not (tmp_path / "averis").exists()
 
 
 @pytest.mark.slow

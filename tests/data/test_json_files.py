@@ -55,6 +55,22 @@ def test_a_dataclass_comes_back_and_nothing_else_becomes_one():
         check_fields([], {})
 
 
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    whole: int
+    losses: list[float]
+    speed: float | None
+    health: dict[str, float | None]
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant():
+    read = from_fields(Numbers, {"whole": 2, "losses": [1, 0.5], "speed": 3, "health": {"a": 4, "b": None}})
+    assert read == Numbers(2, [1.0, 0.5], 3.0, {"a": 4.0, "b": None})
+    assert [type(value) for value in (read.whole, read.losses[0], read.speed, read.health["a"])] == [int, *[float] * 3]
+    with pytest.raises(ValueError, match="beyond the range"):
+        from_fields(Numbers, {"whole": 2, "losses": [10**400], "speed": None, "health": {}})
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000])
 def test_what_is_no_json_is_a_value_error(content):
     with pytest.raises(ValueError):

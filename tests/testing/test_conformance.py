@@ -9,7 +9,8 @@ from fp4jax.numerics import key_words, quantize
 from fp4jax.testing import Row, Table, conformance
 from fp4jax.testing.kit import LAWS, check_law
 from fp4jax.testing.subject import Subject
-from pallas_kernels.quantize import api, quantize_rows
+from pallas_kernels import compat
+from pallas_kernels.quantize import quantize_rows
 from tests import oracle
 from tests.testing.broken import BROKEN, MAGNITUDES, emulate, stochastic_on
 
@@ -71,9 +72,7 @@ def test_xla_conforms():
 @pytest.mark.parametrize(
     "interpret",
     [
-        pytest.param(
-            True, id="interpreter", marks=pytest.mark.skipif(api._too_old() is not None, reason=str(api._too_old()))
-        ),
+        pytest.param(True, id="interpreter", marks=pytest.mark.skipif(not compat.CAN_INTERPRET, reason="JAX 0.12")),
         pytest.param(False, id="gpu", marks=pytest.mark.gpu),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
-MAX_REGISTERS = 128  # 4 thread blocks of 128 threads, 16 warps, for each multiprocessor at least
+# Blocks of 128 threads on each multiprocessor at least: 4 for rows, 2 for columns, with 16 reads a lane under way.
+MAX_REGISTERS = {"rows": 128, "columns": 255}
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,15 +27,19 @@ pytestmark = [
 @pytest.fixture(
     scope="module",
     params=[
-        ("bfloat16", "nearest", "1,16,4096,1024"),
-        ("bfloat16", "stochastic", "1,16,4096,3072"),
-        ("float32", "nearest", "1,16,4096,1024"),
-        ("float32", "stochastic", "8,4096,3072"),
+        ("rows", "bfloat16", "1,16,4096,1024"),
+        ("rows-stochastic-centered", "bfloat16", "1,16,4096,3072"),
+        ("rows", "float32", "1,16,4096,1024"),
+        ("rows-stochastic", "float32", "8,4096,3072"),
+        ("columns", "bfloat16", "1,16,4096,1024"),
+        ("columns-stochastic-centered", "bfloat16", "1,16,4096,3072"),
+        ("columns-stochastic-centered-hadamard", "bfloat16", "8,4096,3072"),
+        ("columns-stochastic", "float32", "8,4096,3072"),
     ],
     ids=" ".join,
 )
 def compiled(request, tmp_path_factory):
-    dtype, rounding, shape = request.param
+    kernel, dtype, shape = request.param
     dump = tmp_path_factory.mktemp("mosaic")
     settings = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     run = subprocess.run(
@@ -42,7 +47,7 @@ def compiled(request, tmp_path_factory):
             sys.executable,
             HERE / "compile_for_target.py",
             HERE.parent / "targets" / "h200.txtpb",
-            *(dtype, rounding, shape),
+            *(kernel, dtype, shape),
         ],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **settings},
         capture_output=True,
@@ -50,11 +55,11 @@ def compiled(request, tmp_path_factory):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return dump, run.stdout
+    return dump, kernel, run.stdout
 
 
 def read(dump: Path, suffix: str) -> str:
-    files = list(dump.glob(f"quantize_rows_*.{suffix}"))
+    files = list(dump.glob(f"quantize_*.{suffix}"))
     assert len(files) == 1, f"expected one .{suffix} of the kernel, found {sorted(dump.iterdir())}"
     return files[0].read_text(errors="replace")
 
@@ -64,13 +69,17 @@ def test_no_register_spills(compiled):
     assert "for 'sm_90a'" in report
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills.groups() == ("0", "0", "0")
-    assert 0 < int(re.search(r"Used (\d+) registers", report)[1]) <= MAX_REGISTERS
+    assert 0 < int(re.search(r"Used (\d+) registers", report)[1]) <= MAX_REGISTERS[compiled[1].partition("-")[0]]
 
 
 def test_wide_accesses(compiled):
     ptx = read(compiled[0], "ptx")
-    assert len(re.findall(r"\bld\.v4\.b32", ptx)) == 4  # 32 bfloat16 or 16 float32 values in flight for each lane
-    assert re.search(r"\bst\.v(?:2\.b32|4\.b16)", ptx)
+    if compiled[1].startswith("rows"):  # 32 bfloat16 or 16 float32 values in flight for each lane; centers beside them
+        assert len(re.findall(r"\bld\.v4\.b32", ptx)) >= 4
+        assert re.search(r"\bst\.v(?:2\.b32|4\.b16)", ptx)
+    else:  # 8 bytes a lane, neighbours side by side, for each of 16 rows
+        assert len(re.findall(r"\bld\.v2\.b32", ptx)) >= 16
+        assert re.search(r"\bst\.(?:b32|v2\.b8)", ptx)
 
 
 def test_arithmetic_is_exact(compiled):
@@ -85,7 +94,7 @@ def test_arithmetic_is_exact(compiled):
 
 
 def test_reshapes_and_bitcasts_copy_nothing(compiled):
-    hlo = compiled[1]
+    hlo = compiled[2]
     entry = hlo[hlo.index("\nENTRY") :]
     assert entry.count('custom_call_target="mosaic_gpu_v2"') == 1
     for shape, operation in re.findall(r" = \w+\[([\d,]*)\]\S* ([\w-]+)\(", entry):

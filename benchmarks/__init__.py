@@ -1,0 +1,7 @@
+"""Measurements of speed and memory. Each checks its outputs before it reports a time, pairs what it compares in one
+run, and prints ratios; `benchmarks/gpu.sh` runs all of them on a GPU.
+
+kernels   every kernel against the XLA path and against the device's copy bandwidth
+step      the whole training step by recipe
+gemm      a layer's matrix products in bfloat16, and as emulated FP4
+"""

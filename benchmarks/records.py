@@ -1,0 +1,60 @@
+"""Where results go: JSON that says which device, release, commit and command they are from."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def about(command: str) -> dict[str, object]:
+    """What a result cannot be read without."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU"
+    return {
+        "device": kind,
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "commit": commit(),
+        "command": " ".join(["python -m", command, *sys.argv[1:]]),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "+changes" where files differ from it; "unknown" where Git does not tell.
+
+    A copy without Git's folder, on another machine, is told by FP4JAX_COMMIT.
+    """
+    if told := os.environ.get("FP4JAX_COMMIT"):
+        return told
+    try:
+        hash_ = _git("rev-parse", "--short", "HEAD")
+        return f"{hash_}+changes" if _git("status", "--porcelain", "--untracked-files=no") else hash_
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def default_folder() -> Path:
+    """benchmarks/results/<device>."""
+    name = re.sub(r"[^a-z0-9]+", "_", str(about("")["device"]).lower()).strip("_")
+    return REPOSITORY / "benchmarks" / "results" / name
+
+
+def write(path: Path, command: str, rows: list[dict], **more: object) -> None:
+    """Writes the results so far; called after every row, so that a run that is cut short leaves what it measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**about(command), **more, "rows": rows}, indent=1)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
