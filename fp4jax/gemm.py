@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fp4jax import native, scopes
+from fp4jax import hardware, native, scopes
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.numerics.blocks import Shape
 from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
@@ -282,9 +282,7 @@ def emulation_dtype() -> jnp.dtype:
     that is only compiled for; without a mesh the default one. CPUs are judged by their instruction set and not by a
     measurement, so that the same machine repeats the same run bit for bit.
     """
-    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if of_mesh is None else of_mesh.platform
-    units = {"cpu": _cpu_has_bfloat16_units}.get(platform, lambda: True)
+    units = {"cpu": _cpu_has_bfloat16_units}.get(hardware.current().platform, lambda: True)
     return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
 
 

@@ -6,46 +6,26 @@ scales of the operands multiply the result, outside of here. So the result is th
 additions.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
 
+from fp4jax import hardware
 from fp4jax.numerics import QTensor, formats, rounding
 
 _BLOCK = 16
-_LEAST_CAPABILITY = 10.0
-# A mesh that is only compiled for gives its devices' names alone.
-_BLACKWELL = re.compile(r"NVIDIA (G?B[23]00|RTX PRO \d+.* Blackwell|.*RTX 50\d\d|GB10|Thor)\b")
+_LEAST_CAPABILITY = (10, 0)
 
 
 def unsupported_reason() -> str | None:
-    """Why the device has no FP4 tensor cores that XLA can use; None where it has.
-
-    The device is that of the ambient mesh, which may be one that is only compiled for; without a mesh the default one.
-    """
-    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
-    device = jax.devices()[0]
-    if of_mesh is None or of_mesh.device_kind == device.device_kind:
-        platform, kind, capability = device.platform, device.device_kind, _capability(device)
-        known = capability is not None and capability >= _LEAST_CAPABILITY
-    else:
-        platform, kind = of_mesh.platform, of_mesh.device_kind
-        known = bool(_BLACKWELL.match(kind))
-    if platform == "gpu" and known:
+    """Why the device that a program is traced for has no FP4 tensor cores; None where it has."""
+    device = hardware.current()
+    if device.capability >= _LEAST_CAPABILITY:
         return None
     return (
-        "FP4 tensor cores need an NVIDIA GPU of compute capability 10.0 (Blackwell) or higher, "
-        f"the device is {kind} ({platform})"
+        f"FP4 tensor cores need an NVIDIA GPU of compute capability 10.0 (Blackwell) or higher, the device is {device}"
     )
-
-
-def _capability(device: jax.Device) -> float | None:
-    """Of an NVIDIA GPU, for example 9.0; AMD's are no numbers."""
-    text = str(getattr(device, "compute_capability", ""))
-    return float(text) if re.fullmatch(r"\d+\.\d+", text) else None
 
 
 def misfit(lhs: QTensor, rhs: QTensor, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> str | None:

@@ -23,6 +23,7 @@ LEVELS = {
     "fp4jax.data.tokenizer": LEAF,
     "fp4jax.cli": LEAF,
     "fp4jax.locking": LEAF,
+    "fp4jax.hardware": LEAF,
     "fp4jax.config": LEAF,
     "fp4jax.config_checks": LEAF,
     "configs": LEAF,
