@@ -11,6 +11,7 @@ ptxas info    : Function properties for quantize_rows_kernel
     {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
 ptxas info    : Used 46 registers, used 1 barriers{shared}
 """
+OF_KERNEL = {"architecture": "sm_90a", "spill_bytes": 0, "shared_bytes": 8}
 PLAN = {
     "target": "h200:8", "device": "NVIDIA H200", "devices": 4, "idle_devices": 4, "jax": "0.12.0",
     "mesh": {"data": 4, "fsdp": 1}, "recipe": "averis", "batch_size": 64, "microbatches": 2, "seq_len": 128,
@@ -21,8 +22,7 @@ PLAN = {
     "gemms": {"fprop": {"native": 28, "emulated in bfloat16": 1}}, "corrections": {"native": 2}, "high_precision": 3,
     "quantization": {"products": 2, "operands": 4, "coded": 3, "folded": ["NOT QUANTIZED: x"]},
     "kernels": [
-        {"name": f"quantize_rows_{n}", "architecture": "sm_90a", "registers": 40 + n, "spill_bytes": 0, "shared_bytes": 8}
-        for n in range(3)
+        {"name": f"quantize_rows_{n}", "registers": 40 + n} | OF_KERNEL for n in range(3)
     ],
 }  # fmt: skip
 

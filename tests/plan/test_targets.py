@@ -15,7 +15,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize(
     ("name", "is_gpu", "topology"),
-    [("h200:1", True, "1x1x1"), ("b200:8", True, "1x8x1"), ("v5e:4x4", False, "v5e:4x4"), ("v4:2x2x1", False, "v4:2x2x1")],
+    [
+        ("h200:1", True, "1x1x1"), ("b200:8", True, "1x8x1"),
+        ("v5e:4x4", False, "v5e:4x4"), ("v4:2x2x1", False, "v4:2x2x1"),
+    ],
 )  # fmt: skip
 def test_names(name, is_gpu, topology):
     target = targets.parse(name)
@@ -25,7 +28,7 @@ def test_names(name, is_gpu, topology):
 
 @pytest.mark.parametrize("name", ["h200", "h200:0", "h200:2x2", "h300:1", "v5e:4", "v5e", "", "tpu:4x4", "v5e:0x4"])
 def test_other_names_are_refused_in_one_line(name):
-    with pytest.raises(ValueError, match=rf"unknown target '{name}'; accepted: .*b200:1, h200:1.* v5e:4x4") as raised:
+    with pytest.raises(ValueError, match=rf"unknown target '{name}'; accepted: .*b200:1, h200:1.*v5e:4x4") as raised:
         targets.parse(name)
     assert "\n" not in str(raised.value)
 
@@ -39,9 +42,7 @@ def test_every_description_is_of_the_gpu_it_is_named_after():
 
 def test_a_missing_compiler_is_named_with_its_cure(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"target b200:1 needs NVIDIA's compiler.*pip install -r requirements-plan.txt"
-    ):
+    with pytest.raises(ValueError, match="target b200:1 needs NVIDIA's compiler.*pip install -r requirements-plan"):
         targets.parse("b200:1").devices()
     with pytest.raises(ValueError, match="target v5e:4x4 needs libtpu.*requirements-plan.txt"):
         targets.parse("v5e:4x4").devices()

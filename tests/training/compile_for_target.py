@@ -1,7 +1,7 @@
 """Compiles the training step for devices that are not there: `compile_for_target.py TARGET [RECIPE ...]`.
 
-TARGET is what `fp4jax.plan` takes, "v5e:2x2" or "h200:1". Prints a line of JSON for each recipe (default: all) with what
-is needed to judge the optimized program.
+TARGET is what `fp4jax.plan` takes, "v5e:2x2" or "h200:1". Prints a line of JSON for each recipe (default: all)
+with what is needed to judge the optimized program.
 """
 
 import json
