@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fp4jax
 from fp4jax import gemm, native, scopes
@@ -23,6 +25,7 @@ NATIVE = (
     "nvfp4", "nvfp4_hadamard", "averis", "averis+per_sequence", "averis_centered_hadamard", "averis_best",
     "four_over_six", "quartet2", "metis",
 )  # fmt: skip
+QUICK = (("averis", False), ("averis", True), ("nvfp4_hadamard", False))  # square blocks too
 
 
 @pytest.fixture
@@ -95,9 +98,11 @@ def assert_near(got, expected):
 
 @pytest.mark.parametrize(
     ("recipe", "experts"),
-    [(name, False) for name in NATIVE]
-    + [("averis", True)]
-    + [pytest.param(name, True, marks=pytest.mark.slow) for name in NATIVE if name != "averis"],
+    [
+        pytest.param(name, experts, marks=() if (name, experts) in QUICK else pytest.mark.slow)
+        for name in NATIVE
+        for experts in (False, True)
+    ],
 )
 def test_results_are_the_emulations_up_to_the_order_of_additions(blackwell, recipe, experts):
     function, arguments = product_and_gradients(recipe, "native", experts)
@@ -184,3 +189,15 @@ def test_products_keep_their_names(blackwell):
         scopes.read(path).gemm for path in re.findall(r'"([^"]*quantized_product/NVFP4:4\*NVFP4:4/[^"]*)"', program)
     }
     assert found == {"fprop", "dgrad", "wgrad"}
+
+
+@pytest.mark.parametrize("axis", ["tokens", "features"])
+def test_on_several_devices(blackwell, axis):
+    """`scaled_matmul` partitions itself: X split along its sequences (D and dW's contraction too), or W by columns."""
+    mesh = jax.make_mesh((2,), ("shards",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    specs = {"tokens": (P("shards"), P(), P("shards")), "features": (P(), P(None, "shards"), P(None, None, "shards"))}
+    function, arguments = product_and_gradients("averis", "native")
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs[axis], strict=True)]
+    with jax.set_mesh(mesh):
+        got = jax.jit(function)(*placed)
+    assert_near(got, jax.jit(function)(*arguments))
