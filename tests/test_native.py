@@ -141,7 +141,7 @@ def test_vmap_over_experts(blackwell):
 
     def product(how):
         one = lambda x, w: dot_general(x, w, numbers, recipe="averis+nearest", gemm=how)  # noqa: E731
-        return jax.vmap(one)(*arguments[:2])
+        return jax.jit(jax.vmap(one))(*arguments[:2])
 
     np.testing.assert_allclose(product("native"), product("emulated"), rtol=0, atol=1e-4)
 
