@@ -16,6 +16,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
     "optimization-barrier", "partition-id", "replica-id", "async-start", "async-update", "async-done",
 }  # fmt: skip
+_COPIES = {"copy", "copy-start", "copy-done", "bitcast"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
@@ -35,7 +36,7 @@ class Executions:
 
     Attributes:
       times: executions of every computation that is not part of a fusion; both branches of a conditional count.
-      unknown_loops: `while` loops whose length the compiler does not know; they count once.
+      unknown_loops: `while` loops whose length is not known; they count once.
     """
 
     def __init__(self, program: Program):
@@ -52,9 +53,9 @@ class Executions:
         for instruction in self._of_computation[computation]:
             match instruction.opcode:
                 case "while":
-                    trips = _TRIPS.search(instruction.rest)
+                    trips = self._trips(instruction)
                     self.unknown_loops += trips is None
-                    self._run(instruction.called("body"), times * int(trips[1] if trips else 1))
+                    self._run(instruction.called("body"), times * (1 if trips is None else trips))
                 case "call":
                     self._run(instruction.called("to_apply"), times)
                 case "async-start":
@@ -62,6 +63,30 @@ class Executions:
                 case "conditional":
                     for branch in instruction.branches:
                         self._run(branch, times)
+
+    def _trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs: as XLA noted or, where it notes nothing (TPU), if it counts from 0 to a constant."""
+        if noted := _TRIPS.search(loop.rest):
+            return int(noted[1])
+        test = self._program.roots[loop.called("condition")]
+        if test.opcode != "compare" or "direction=LT" not in test.rest:
+            return None
+        counter, bound = map(self._plain, self._program.operands(test))
+        initial, after = self._plain(self._program.operands(loop)[0]), self._program.roots[loop.called("body")]
+        if (initial.opcode, after.opcode) != ("tuple", "tuple"):
+            return None
+        if (counter.opcode, bound.opcode) != ("get-tuple-element", "constant"):
+            return None
+        index = int(re.search(r"\bindex=(\d+)", counter.rest)[1])
+        first, following = (self._plain(self._program.operands(values)[index]) for values in (initial, after))
+        steps = [operand.argument for operand in self._program.operands(following)] if following.opcode == "add" else []
+        return int(bound.argument) if (first.opcode, first.argument) == ("constant", "0") and "1" in steps else None
+
+    def _plain(self, value: Instruction) -> Instruction:
+        """What a value is a copy of."""
+        while value.opcode in _COPIES:
+            value = self._program.operands(value)[0]
+        return value
 
     def __iter__(self) -> Iterator[tuple[Instruction, int]]:
         for computation, times in self.times.items():

@@ -55,8 +55,10 @@ SHARDED = """HloModule step, is_scheduled=true
   %gather = (f32[256]{0}, f32[1024]{0}) all-gather-start(%one), replica_groups={{0,1,2,3}}, dimensions={0}
   %gathered = f32[1024]{0} all-gather-done(%gather)
   %scattered = f32[256]{0} reduce-scatter(%gathered), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  %step = s32[] constant(1)
+  %later = s32[] add(%i, %step)
   %next = f32[4,256]{1,0} fusion(%stack, %scattered, %i), kind=kLoop, calls=%updated
-  ROOT %out = (s32[], f32[4,256]{1,0}) tuple(%i, %next)
+  ROOT %out = (s32[], f32[4,256]{1,0}) tuple(%later, %next)
 }
 
 %condition (arg.1: (s32[], f32[4,256])) -> pred[] {
@@ -69,7 +71,8 @@ SHARDED = """HloModule step, is_scheduled=true
 ENTRY %main (x: f32[4,256]) -> f32[4,256] {
   %x = f32[4,256]{1,0} parameter(0)
   %start = s32[] constant(0)
-  %init = (s32[], f32[4,256]{1,0}) tuple(%start, %x)
+  %copied = s32[] copy(%start)
+  %init = (s32[], f32[4,256]{1,0}) tuple(%copied, %x)
   %loop = (s32[], f32[4,256]{1,0}) while(%init), condition=%condition, body=%body<<KNOWN>>
   %result = f32[4,256]{1,0} get-tuple-element(%loop), index=1
   %reduced = f32[4,256]{1,0} all-reduce-start(%result), replica_groups={}, to_apply=%add
@@ -86,10 +89,22 @@ def test_collectives_are_multiplied_by_the_loops_around_them():
     }
 
 
-def test_a_loop_of_unknown_length_counts_once_and_is_told():
-    executions = Executions(Program(SHARDED.replace(KNOWN, "")))
-    assert executions.unknown_loops == 1
-    assert executions.collectives()["all-gather"]["count"] == 1
+@pytest.mark.parametrize(
+    ("change", "times"),
+    [
+        (None, 4),
+        (("%four = s32[] constant(4)", "%four = s32[] constant(9)"), 9),
+        (("direction=LT", "direction=GT"), None),
+        (("%start = s32[] constant(0)", "%start = s32[] constant(1)"), None),
+        (("%step = s32[] constant(1)", "%step = s32[] constant(2)"), None),
+        (("add(%i, %step)", "subtract(%i, %step)"), None),
+    ],
+)
+def test_a_loop_is_counted_where_nothing_is_noted_of_it(change, times):
+    """From 0 up to a constant; any other counts once, and is told."""
+    executions = Executions(Program(SHARDED.replace(KNOWN, "").replace(*change or ("", ""))))
+    assert executions.unknown_loops == (times is None)
+    assert executions.collectives()["all-gather"]["count"] == (times or 1)
     assert Executions(Program(SHARDED)).unknown_loops == 0
 
 
@@ -99,7 +114,8 @@ def test_of_what_is_sliced_or_updated_in_place_the_slice_counts():
     updated = row + 4 + row
     collectives = (row + row + gathered) + (gathered + row)
     reduced = 2 * 4 * row
-    assert Executions(Program(SHARDED)).bytes_accessed() == 4 * (sliced + updated + collectives) + reduced
+    counters = 4 * (4 + 4 + 4) + 2 * 4  # an addition each time, and a copy
+    assert Executions(Program(SHARDED)).bytes_accessed() == 4 * (sliced + updated + collectives) + reduced + counters
 
 
 @pytest.mark.parametrize("length", [3, 5])
