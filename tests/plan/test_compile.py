@@ -45,7 +45,6 @@ def plan_of(target, folder, **changes):
     assert plan["unknown_loops"] == 0
     found = plan["memory"]
     assert 0 < found["temporaries"] < found["peak"] and 0 < found["aliased"] <= found["results"]
-    assert found["arguments"] + found["temporaries"] >= found["peak"] * 0.99
     assert plan["quantization"]["coded"] == plan["quantization"]["operands"] > 0
     assert plan["quantization"]["folded"] == []
     return plan
@@ -57,6 +56,7 @@ def each(way):
 
 def test_blackwell_multiplies_every_linear_layer_natively(tmp_path):
     plan = plan_of("b200:1", tmp_path)
+    assert plan["memory"]["peak"] <= plan["memory"]["arguments"] + plan["memory"]["temporaries"] + 4096
     assert plan["gemms"] == each("native")
     assert plan["corrections"] == {"native": 2 * LAYERS * LINEARS * MICROBATCHES}  # the means, fprop and dgrad
     assert plan["quantization"]["emulated"] == []
