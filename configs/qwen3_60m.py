@@ -3,8 +3,8 @@
 Command:   experiments/compare_60m.sh runs/compare_60m      (several recipes and seeds, on experiments/corpus.sh's text)
            python train.py --config=configs/qwen3_60m.py --workdir=runs/qwen3_60m --config.recipe=averis_best
 Hardware:  one GPU with 80 GB
-Time:      not run
-Expect:    not run
+Time:      240 steps of bf16 in 46 s, of averis_best in 134 s, compilation included (an H200, three runs at a time)
+Expect:    validation loss 4.97 (bf16) and 4.99 (averis_best) after 240 steps, means of five seeds (RESULTS.md)
 
 All values are assumed: the paper's smallest model has 0.6 billion parameters. Wide for its 8 layers, so that the
 products are large enough to keep a GPU busy at 16,384 tokens a step.

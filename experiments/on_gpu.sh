@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments that want a GPU, one part a call, for a machine that is lent for minutes and then forgotten.
+# The experiments that want a GPU, one part a call, for a machine that is rented by the minute and then forgotten.
 #
 #     experiments/on_gpu.sh PART OUT [FLAGS]
 #

@@ -176,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "step": step,
     "compare_60m": functools.partial(comparison, "compare_60m"),
+    "compare_tiny": functools.partial(comparison, "compare_tiny"),
     "plan": plan,
 }
 
