@@ -37,15 +37,15 @@ test: $(INSTALLED) ## the quick tests, on the CPU (ARGS="-k dot" for a few)
 test-slow: $(INSTALLED) ## only the slow tests, on the CPU
 	JAX_PLATFORMS=cpu $(PYTHON_VENV) -m pytest -n 2 -m "slow and not gpu and not peer" $(ARGS)
 
-.venv-compile/.installed: requirements.txt requirements-test.txt $(INSTALLED)
+.venv-compile/.installed: requirements.txt requirements-test.txt requirements-plan.txt $(INSTALLED)
 	$(PYTHON_VENV) -m venv .venv-compile
 	.venv-compile/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt \
-		"jax[cuda13,tpu]==$$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' requirements.txt)"
+		-r requirements-plan.txt
 	@touch $@
 
 test-compile: .venv-compile/.installed ## compile every recipe and kernel for TPU and GPU, on any machine (installs 5.6 GB beside .venv)
 	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -m slow tests/pallas_kernels/*/test_compile.py \
-		tests/benchmarks/test_timing.py tests/training/test_compile_targets.py $(ARGS)
+		tests/benchmarks/test_timing.py tests/training/test_compile_targets.py tests/plan/test_compile.py $(ARGS)
 
 .venv-peer/.installed: requirements-peer.txt requirements-peer-no-deps.txt scripts/setup_peer.sh $(INSTALLED)
 	@scripts/setup_peer.sh

@@ -53,7 +53,7 @@ class _Spec:
     dtype: jnp.dtype
     lhs_dtype: jnp.dtype
     rhs_dtype: jnp.dtype
-    gemm_dtype: jnp.dtype
+    execution: gemms.Execution
     precision: object
     quantizer: Quantizer
     short: tuple[int | None, int | None]  # contractions over inputs, outputs that are too short to quantize
@@ -111,14 +111,14 @@ def dot_general(
     """
     recipe = as_recipe(recipe)
     _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
-    quantizer, gemm_dtype = implementation(backend, gemm)
+    quantizer, execution = implementation(backend, gemm)
     if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
         asked = (dimension_numbers, precision, preferred_element_type)
         with scopes.of_recipe(recipe.name):
             return lax.dot_general(lhs, rhs, *asked, out_sharding=out_sharding)
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
     precision = tuple(precision) if isinstance(precision, list) else precision
-    product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, gemm_dtype)
+    product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, execution)
     words = None if key is None else key_words(key)
     arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
     return with_auto_axes(product, explicit_mesh(lhs, rhs), result.sharding)(*arrays)
@@ -187,13 +187,13 @@ def prepare(
 
 
 def _product(
-    dimension_numbers, recipe, dtype, precision, quantizer, gemm_dtype, lhs, rhs, lhs_q, rhs_q, words, row_mask, probe
+    dimension_numbers, recipe, dtype, precision, quantizer, execution, lhs, rhs, lhs_q, rhs_q, words, row_mask, probe
 ):
     """`dot_general` after its checks, under Auto axes: static arguments first, then arrays."""
     x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
     asked, recipe = recipe, _for_contractions(recipe, x.shape[-1], w.shape[-1])
     short = tuple(size if size < _MIN_CONTRACTION and recipe != asked else None for size in (x.shape[-1], w.shape[-1]))
-    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, gemm_dtype, precision, quantizer, short)
+    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, execution, precision, quantizer, short)
     mask = None if row_mask is None else layout.row_mask(row_mask)
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
     new_x, new_w = _prepare(recipe, spec.batch_dims, quantizer, raw_x, raw_w, words, mask)
@@ -263,7 +263,7 @@ def _fprop(spec: _Spec):
     def stage(unused, w, x, words, mask):
         del unused, words
         with scopes.of_recipe(spec.recipe.name), scopes.of_gemm("fprop", spec.short[0]):
-            y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.gemm_dtype, spec.precision, mask)
+            y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.execution, spec.precision, mask)
         return (y.astype(spec.dtype),)
 
     return vmappable(stage, spec.batch_dims, lambda dims: _fprop(spec.with_batch_dims(dims)), per_token=(True,))
@@ -276,7 +276,7 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
         d = mask_rows(d, mask)
         with scopes.of_recipe(recipe.name), scopes.of_preparation():
             dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
-        how = (spec.gemm_dtype, spec.precision, mask)
+        how = (spec.execution, spec.precision, mask)
 
         def contract(x, d_part):
             return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, *how)
@@ -313,8 +313,8 @@ def _report_high_precision(name: str, inputs: int, outputs: int) -> None:
     _log.warning("%s: %s of a %d -> %d product in high precision (contraction below 16)", name, what, inputs, outputs)
 
 
-def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer, jnp.dtype]:
-    """What serves `backend` and `gemm` here: the function that quantizes, and the dtype of the emulated products.
+def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer, gemms.Execution]:
+    """What serves `backend` and `gemm` here: the function that quantizes, and how its results are multiplied.
 
     The one place where implementations are chosen. Products are accumulated in float32.
 
@@ -325,25 +325,19 @@ def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer
     for name, value, table in (("backend", backend, _QUANTIZERS), ("gemm", gemm, _PRODUCTS)):
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
-    quantizer, dtype = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
-    _report_implementation(quantizer.name, dtype)
-    return quantizer, dtype
+    quantizer, execution = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
+    _report_implementation(quantizer.name, execution)
+    return quantizer, execution
 
 
 @functools.cache
-def _report_implementation(quantizer: str, dtype: jnp.dtype) -> None:
+def _report_implementation(quantizer: str, execution: gemms.Execution) -> None:
     """Says so once."""
-    _log.info("quantizer: %s; products: emulated in %s, accumulated in float32", quantizer, dtype)
-
-
-def _native_product():
-    raise NotImplementedError(
-        "gemm='native' (FP4 tensor cores) is not built yet; gemm='emulated' gives the same values"
-    )
+    _log.info("quantizer: %s; products: %s, accumulated in float32", quantizer, execution)
 
 
 _QUANTIZERS = {"auto": best, "xla": by_xla, "pallas": by_kernels}
-_PRODUCTS = {"auto": gemms.emulation_dtype, "emulated": gemms.emulation_dtype, "native": _native_product}
+_PRODUCTS = {"auto": gemms.best, "emulated": gemms.emulated, "native": gemms.native_or_error}
 _SIDES = {"lhs": True, "rhs": False}
 
 

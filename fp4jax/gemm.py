@@ -9,31 +9,54 @@ The middle terms are there because a quantized residual is no longer exactly zer
 11-12, leave them out); the matrix 1 m is never formed. With a low-rank split X = U S V + R, of W too, it is the same
 algebra: rows of X meet W = Uw Sw Vw + Rw as they are, those of V do so once, and U S is multiplied with their result.
 
-Products are emulated: element × block scale has at most 8 significant bits, so float32 and bfloat16 hold it exactly,
-and a GEMM with float32 accumulation equals FP4 tensor cores up to the order of additions. Float32 scales multiply the
-result; those that change along the contraction enter the operand, which then is multiplied in float32.
+Products of two quantized operands run on FP4 tensor cores where the device has them and the operands fit
+(`fp4jax.native`), else they are emulated: element × block scale has at most 8 significant bits, so float32 and bfloat16
+hold it exactly, and a GEMM with float32 accumulation equals FP4 tensor cores up to the order of additions. Float32
+scales multiply the result; those that change along the contraction enter the operand, which then is multiplied in
+float32.
 """
 
+import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fp4jax import scopes
+from fp4jax import hardware, native, scopes
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.numerics.blocks import Shape
 from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
+_log = logging.getLogger("fp4jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How quantized operands are multiplied.
+
+    Attributes:
+      dtype: of the emulation.
+      native: on FP4 tensor cores, where both operands are of the kind that these take.
+    """
+
+    dtype: jnp.dtype
+    native: bool = False
+
+    def __str__(self) -> str:
+        emulated = f"emulated in {self.dtype}"
+        return f"native where both operands are NVFP4, else {emulated}" if self.native else emulated
+
 
 def contract_features(
-    lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, dtype, precision, row_mask
+    lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, execution: Execution, precision, row_mask
 ) -> Float[Array, "..."]:
     """fprop (`rhs_axis` -2: W's K) and dgrad (-1: W's N): [*batch, *tokens, features] × W → [*batch, *tokens, out]."""
     product = functools.partial(
-        _times_weights, weights=rhs, rhs_axis=rhs_axis, batch_dims=batch_dims, dtype=dtype, precision=precision
+        _times_weights, weights=rhs, rhs_axis=rhs_axis, batch_dims=batch_dims, execution=execution, precision=precision
     )
     result = product(lhs.residual)
     with scopes.of_correction():
@@ -47,10 +70,12 @@ def contract_features(
 
 
 def contract_tokens(
-    x: Part, d: Part, recipe: Recipe, shape: Shape, batch_dims: int, dtype, precision, row_mask
+    x: Part, d: Part, recipe: Recipe, shape: Shape, batch_dims: int, execution: Execution, precision, row_mask
 ) -> Float[Array, "*batch K N"]:
     """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]."""
-    product = functools.partial(_over_tokens, rank=len(shape), batch_dims=batch_dims, dtype=dtype, precision=precision)
+    product = functools.partial(
+        _over_tokens, rank=len(shape), batch_dims=batch_dims, execution=execution, precision=precision
+    )
 
     def against(columns):
         """Xᵀ times [*batch, *tokens, columns]."""
@@ -90,12 +115,12 @@ def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_m
     return result
 
 
-def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, dtype, precision, few_rows=False):
+def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, execution, precision, few_rows=False):
     """[*batch, *rows, features] × W or, for `rhs_axis` -1, Wᵀ."""
     if few_rows and not isinstance(rows, QTensor):
         # They cost little: a mean in high precision, or a factor, is multiplied in full float32 on every backend.
         precision = lax.Precision.HIGHEST
-    product = functools.partial(_product, batch_dims=batch_dims, dtype=dtype)
+    product = functools.partial(_product, batch_dims=batch_dims, execution=execution)
     result = product(rows, weights.residual, rhs_axis, precision=precision)
     if weights.low_rank is None:
         return result
@@ -117,20 +142,10 @@ def _exact(lhs, rhs, contract, batch_dims: int):
     return lax.dot_general(lhs, rhs, (contract, (batch, batch)), precision=lax.Precision.HIGHEST)
 
 
-def _over_tokens(lhs, rhs, *, rank, batch_dims, dtype, precision):
+def _over_tokens(lhs, rhs, *, rank, batch_dims, execution, precision):
     """[*batch, *tokens, i] × [*batch, *tokens, j] → [*batch, i, j]."""
-    tokens, batch = tuple(range(batch_dims, rank - 1)), tuple(range(batch_dims))
-    lhs_values, lhs_scale = _operand(lhs, tokens, -2, dtype)
-    rhs_values, rhs_scale = _operand(rhs, tokens, -2, dtype)
-    lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -2, -2)
-    with scopes.of_operands(lhs, rhs):
-        result = lax.dot_general(
-            lhs_values,
-            rhs_values,
-            ((tokens, tokens), (batch, batch)),
-            precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
-            preferred_element_type=_accumulator(lhs_values),
-        )
+    tokens = tuple(range(batch_dims - rank, -1))
+    result, lhs_scale, rhs_scale = _unscaled(lhs, rhs, (tokens, tokens), (-2, -2), batch_dims, execution, precision)
     if lhs_scale is not None:
         scale = lhs_scale.reshape(*lhs_scale.shape[:batch_dims], lhs_scale.shape[-1])
         result = result * scale[..., :, None]
@@ -140,27 +155,53 @@ def _over_tokens(lhs, rhs, *, rank, batch_dims, dtype, precision):
     return result
 
 
-def _product(lhs, rhs, rhs_axis, *, batch_dims, dtype, precision):
+def _product(lhs, rhs, rhs_axis, *, batch_dims, execution, precision):
     """[*batch, *rows, features] × [*batch, features, out], or its transpose for `rhs_axis` -1."""
-    lhs_values, lhs_scale = _operand(lhs, (-1,), -1, dtype)
-    rhs_values, rhs_scale = _operand(rhs, (rhs_axis,), rhs_axis, dtype)
-    lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), -1, rhs_axis)
-    batch = tuple(range(batch_dims))
-    dimension_numbers = (((lhs_values.ndim - 1,), (rhs_values.ndim + rhs_axis,)), (batch, batch))
-    with scopes.of_operands(lhs, rhs):
-        result = lax.dot_general(
-            lhs_values,
-            rhs_values,
-            dimension_numbers,
-            precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
-            preferred_element_type=_accumulator(lhs_values),
-        )
+    axes = (-1, rhs_axis)
+    contracted = ((-1,), (rhs_axis,))
+    result, lhs_scale, rhs_scale = _unscaled(lhs, rhs, contracted, axes, batch_dims, execution, precision)
     if lhs_scale is not None:
         result = result * lhs_scale
     if rhs_scale is not None:
         scale = rhs_scale.squeeze(rhs_axis)
         result = result * scale.reshape(*scale.shape[:-1], *[1] * (result.ndim - scale.ndim), scale.shape[-1])
     return result
+
+
+def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, precision):
+    """(the product without the float32 scales that are given back, the lhs' scale or None, the rhs' scale or None).
+
+    Args:
+      contracted: of each operand, the axes summed over (negative); axes: that of them which is in whole blocks.
+    """
+    if execution.native and isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        misfit = native.misfit(lhs, rhs, contracted)
+        if misfit is None:
+            with scopes.of_operands(lhs, rhs):
+                return native.product(lhs, rhs, contracted, batch_dims), lhs.tensor_scale, rhs.tensor_scale
+        _report_emulation(str(lhs.format), str(rhs.format), misfit)
+    (lhs_values, lhs_scale), (rhs_values, rhs_scale) = (
+        _operand(value, over, axis, execution.dtype)
+        for value, over, axis in zip((lhs, rhs), contracted, axes, strict=True)
+    )
+    lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), *axes)
+    over = tuple(tuple(a % v.ndim for a in c) for v, c in zip((lhs_values, rhs_values), contracted, strict=True))
+    batch = tuple(range(batch_dims))
+    with scopes.of_operands(lhs, rhs):
+        result = lax.dot_general(
+            lhs_values,
+            rhs_values,
+            (over, (batch, batch)),
+            precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
+            preferred_element_type=_accumulator(lhs_values),
+        )
+    return result, lhs_scale, rhs_scale
+
+
+@functools.cache
+def _report_emulation(lhs: str, rhs: str, reason: str) -> None:
+    """Says so once for every pair of formats."""
+    _log.warning("products of %s x %s are emulated, not on FP4 tensor cores: %s", lhs, rhs, reason)
 
 
 def _precision_of(lhs, lhs_scale, rhs, rhs_scale, precision):
@@ -216,6 +257,24 @@ def _pad_to(x, axis, size):
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == axis % x.ndim else 0, 0) for i in range(x.ndim)])
 
 
+def best() -> Execution:
+    """The execution for this device: native where it has FP4 tensor cores."""
+    return Execution(emulation_dtype(), native=native.unsupported_reason() is None)
+
+
+def emulated() -> Execution:
+    """The execution that every device has."""
+    return Execution(emulation_dtype())
+
+
+def native_or_error() -> Execution:
+    """The native execution; raises NotImplementedError where there is none, naming the device."""
+    reason = native.unsupported_reason()
+    if reason:
+        raise NotImplementedError(f"gemm='native': {reason}; gemm='emulated' gives the same values on any device")
+    return best()
+
+
 def emulation_dtype() -> jnp.dtype:
     """What quantized values are multiplied in: bfloat16 where the device has units for it, float32 elsewhere.
 
@@ -223,9 +282,7 @@ def emulation_dtype() -> jnp.dtype:
     that is only compiled for; without a mesh the default one. CPUs are judged by their instruction set and not by a
     measurement, so that the same machine repeats the same run bit for bit.
     """
-    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if of_mesh is None else of_mesh.platform
-    units = {"cpu": _cpu_has_bfloat16_units}.get(platform, lambda: True)
+    units = {"cpu": _cpu_has_bfloat16_units}.get(hardware.current().platform, lambda: True)
     return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
 
 

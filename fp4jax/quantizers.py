@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
+from fp4jax import hardware
 from fp4jax.numerics import NVFP4, ColumnStats, QTensor, hadamard, quantize_blocks, residual
 from fp4jax.numerics.blocks import Shape, Size
 from fp4jax.recipe_types import Operand
 
 _log = logging.getLogger(__name__)
 _MOST_SEQUENCES = 65535  # of a CUDA grid
+_HOPPER = 9  # the major number of its compute capability
 _FEWEST_ROWS = 16  # below, a kernel would mostly quantize padding: the row that a mean split takes off
 
 
@@ -100,7 +102,7 @@ def quantize_by_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int
         x, center = rows.array(), None  # a mean for each sequence
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         x = x.astype(jnp.float32)
-    given = {"batch_dims": batch_dims, "center": center, "words": draws.elements}
+    given = {"batch_dims": batch_dims, "center": center, "words": draws.elements, "device": hardware.current()}
     given["amax"] = None if operand.hadamard else rows.amax
     if axis == -1:
         return kernels.quantize_rows(x, **given)
@@ -136,14 +138,16 @@ def stats_by_kernel(x: Float[Array, "..."], batch_dims: int) -> ColumnStats:
     """By one kernel for bfloat16 and float32; other dtypes are converted first."""
     from pallas_kernels import column_stats as kernels
 
-    return kernels.column_stats(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), batch_dims)
+    return kernels.column_stats(
+        x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), batch_dims, device=hardware.current()
+    )
 
 
 def sums_by_kernel(q: QTensor, batch_dims: int) -> Float32[Array, "..."]:
     """By one kernel that reads codes."""
     from pallas_kernels import column_sums as kernels
 
-    return kernels.column_sums(q, batch_dims)
+    return kernels.column_sums(q, batch_dims, device=hardware.current())
 
 
 def has_column_stats(shape: Shape, batch_dims: int) -> bool:
@@ -168,7 +172,6 @@ def by_xla() -> Quantizer:
     return _BY_XLA
 
 
-@functools.cache
 def by_kernels() -> Quantizer:
     """The Pallas kernels.
 
@@ -177,7 +180,7 @@ def by_kernels() -> Quantizer:
     """
     from pallas_kernels import quantize as kernels
 
-    if reason := kernels.unsupported_reason():
+    if reason := kernels.unsupported_reason(hardware.current()):
         raise NotImplementedError(f"backend='pallas': {reason}; backend='xla' gives the same bits on any device")
     return Quantizer("Pallas kernels", quantize_by_kernels, stats_by_kernel, sums_by_kernel)
 
@@ -188,12 +191,12 @@ def best() -> Quantizer:
     With several devices an array may be sharded, and XLA would gather the operand of a kernel. The kernel of column
     sums was not compared with its twin on hardware: only `backend="pallas"` takes it.
     """
-    first, *others = jax.devices()
-    if others or not str(getattr(first, "compute_capability", "")).startswith("9."):
+    device = hardware.current()
+    if device.devices > 1 or device.capability[0] != _HOPPER:
         return by_xla()
     from pallas_kernels import quantize as kernels
 
-    return by_xla() if kernels.unsupported_reason(first) else dataclasses.replace(by_kernels(), column_sums=None)
+    return by_xla() if kernels.unsupported_reason(device) else dataclasses.replace(by_kernels(), column_sums=None)
 
 
 _BY_XLA = Quantizer("XLA", quantize_by_xla)

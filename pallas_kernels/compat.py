@@ -1,10 +1,20 @@
 """What differs between JAX releases in Pallas Mosaic GPU, and register layouts that every kernel uses."""
 
 import functools
+from typing import Protocol
 
 import jax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+class Device(Protocol):
+    """What kernels ask of a device: a `jax.Device`, or the description of one that is not here."""
+
+    platform: str
+    device_kind: str
+    compute_capability: str
+
 
 CAN_INTERPRET = hasattr(plgpu, "store")
 """Whether the GPU interpreter runs these kernels: from JAX 0.12 on."""

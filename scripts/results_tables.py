@@ -135,6 +135,39 @@ def _cost_of_saving(times: dict) -> str:
     return f"{100 * total:+.1f} % in all, median {100 * median:+.1f} %, pairs {100 * low:+.1f} to {100 * high:+.1f} %"
 
 
+def plan() -> str:
+    """Temporary memory of one step under two recipes, by what the backward recomputes, and who multiplies."""
+    rows = []
+    for remat in ("linear_inputs", "none"):
+        averis, bf16 = (_plans(f"{recipe}_0p6b_{remat}") for recipe in ("averis", "bf16"))
+        for target, found in averis.items():
+            ours, theirs = (plan["memory"]["temporaries"] / 2**30 for plan in (found, bf16[target]))
+            sizes = f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.3f}"
+            rows.append((f"`{target}`", f"`{remat}`", *sizes, _fp4_products(found), _kernels(found["kernels"])))
+    return _table(("target", "remat", "averis, GiB", "bf16, GiB", "ratio", "FP4 products", "kernels"), rows)
+
+
+def _plans(name: str) -> dict[str, dict]:
+    plans = json.loads((ROOT / f"results/plan/{name}.json").read_text(encoding="utf-8"))["plans"]
+    return {plan["target"]: plan for plan in plans}
+
+
+def _fp4_products(plan: dict) -> str:
+    """Of the linear layers; without those that remat computes again."""
+    ways: dict[str, int] = {}
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        for way, count in plan["gemms"][gemm].items():
+            ways[way] = ways.get(way, 0) + count
+    return ", ".join(f"{count} {way}" for way, count in ways.items())
+
+
+def _kernels(kernels: Sequence[dict]) -> str:
+    if not kernels:
+        return "none"
+    registers = max(kernel["registers"] for kernel in kernels)
+    return f"{len(kernels)}, {registers} registers at most, {sum(k['spill_bytes'] for k in kernels)} bytes spilled"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ptq": ptq,
     "search": search,
@@ -144,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "compare_60m": functools.partial(comparison, "compare_60m"),
     "compare_tiny": functools.partial(comparison, "compare_tiny"),
+    "plan": plan,
 }
 
 

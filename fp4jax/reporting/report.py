@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-import jax
+from jax.extend.core import Jaxpr
 
 from fp4jax.reporting.compiled import CompiledCheck, check
 from fp4jax.reporting.rows import Precision, Row, rows_of, share
@@ -120,18 +120,29 @@ def report(function, *args, compile_program: bool = True, **kwargs) -> Report:
       ValueError: `function` is not callable. What the function itself raises while it is traced.
     """
     traced = trace(function, args, kwargs)
-    products, opaque = find_products(traced.jaxpr, traced.arguments)
+    if not compile_program:
+        return of_program(traced.name, traced.jaxpr, traced.arguments)
+    executable = traced.lower().compile()
+    platform = executable.runtime_executable().local_devices()[0].platform
+    return of_program(traced.name, traced.jaxpr, traced.arguments, executable.as_text(), platform)
+
+
+def of_program(
+    name: str, jaxpr: Jaxpr, arguments: Sequence[str], optimized: str | None = None, platform: str = ""
+) -> Report:
+    """The report of a function that was traced, and compiled or not, elsewhere.
+
+    Args:
+      name: of the function; arguments: a name for each of its arrays.
+      optimized: the compiled program as text, and platform: what it is for; None: it was not compiled.
+    """
+    products, opaque = find_products(jaxpr, arguments)
     rows, apart = rows_of(products)
     compiled = None
-    if compile_program:
-        executable = traced.lower().compile()
-        compiled = check(executable.as_text(), _platform(executable))
+    if optimized is not None:
+        compiled = check(optimized, platform)
         rows, apart = (tuple(_as_compiled(row, compiled) for row in part) for part in (rows, apart))
-    return Report(traced.name, rows, apart, tuple(opaque), compiled)
-
-
-def _platform(executable: jax.stages.Compiled) -> str:
-    return executable.runtime_executable().local_devices()[0].platform
+    return Report(name, rows, apart, tuple(opaque), compiled)
 
 
 def _as_compiled(row: Row, compiled: CompiledCheck) -> Row:

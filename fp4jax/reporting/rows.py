@@ -165,12 +165,16 @@ def _row(product: Product, layer: str, gemm: str, reason: str) -> Row:
     operands = scope.operands or product.dtypes
     bits = scope.bits or tuple(jnp.dtype(dtype).itemsize * 8 for dtype in product.dtypes)
     precision = _precision(bits, scope.quantized)
-    execution = "" if precision is Precision.HIGH else f"emulated in {product.dtypes[0]}"
+    execution = "" if precision is Precision.HIGH else _execution(product)
     return Row(
         layer, _source(product), gemm, _is_recomputed(product), _shape(product), scope.recipe, operands, precision,
         execution, product.count, product.flops * product.count, reason or _reason(product, precision),
         ", ".join(product.inside),
     )  # fmt: skip
+
+
+def _execution(product: Product) -> str:
+    return "native" if product.primitive.startswith("scaled_matmul") else f"emulated in {product.dtypes[0]}"
 
 
 def _precision(bits: tuple[int, int], quantized: int) -> Precision:

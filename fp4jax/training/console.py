@@ -31,10 +31,10 @@ def make_console() -> Console:
 
 def _products(config: ml_collections.ConfigDict, recipes: Iterable[Recipe]) -> str:
     """What really multiplies."""
-    quantizer, dtype = implementation(config.backend, config.gemm)
+    quantizer, execution = implementation(config.backend, config.gemm)
     if all(recipe.is_high_precision for recipe in recipes):
         return f"{config.model.dtype}, accumulated in float32"
-    return f"FP4 emulated in {dtype}, accumulated in float32; quantized by {quantizer.name}"
+    return f"FP4 {execution}, accumulated in float32; quantizer: {quantizer.name}"
 
 
 def _policy(config: ml_collections.ConfigDict) -> str:

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,7 +15,7 @@ _BATCH_LIMIT = 65535  # the second axis of a CUDA grid
 
 
 def column_stats(
-    x: Float[Array, "*shape"], batch_dims: int = 0, *, device: jax.Device | None = None, interpret: bool = False
+    x: Float[Array, "*shape"], batch_dims: int = 0, *, device: compat.Device | None = None, interpret: bool = False
 ) -> ColumnStats:
     """Sum, minimum and maximum of every column of [*batch, *tokens, features], in float32.
 

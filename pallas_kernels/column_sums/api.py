@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
@@ -14,7 +13,7 @@ from pallas_kernels.quantize.api import unsupported_reason
 
 
 def column_sums(
-    q: QTensor, batch_dims: int = 0, *, device: jax.Device | None = None, interpret: bool = False
+    q: QTensor, batch_dims: int = 0, *, device: compat.Device | None = None, interpret: bool = False
 ) -> Float32[Array, "..."]:
     """Sums of the represented values over all tokens of each matrix, [*batch, 1, ..., 1, features].
 

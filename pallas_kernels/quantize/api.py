@@ -17,7 +17,7 @@ _DTYPES = (jnp.bfloat16, jnp.float32)
 _GRID_LIMIT = 65535  # of all axes of a CUDA grid but the first
 
 
-def unsupported_reason(device: jax.Device | None = None) -> str | None:
+def unsupported_reason(device: compat.Device | None = None) -> str | None:
     """Why the kernel cannot serve `device` (default: the first of `jax.devices()`), or None where it can."""
     device = device or jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
@@ -38,7 +38,7 @@ def quantize_rows(
     words: UInt32[Array, "2"] | None = None,
     center: Float32[Array, "..."] | None = None,
     batch_dims: int = 0,
-    device: jax.Device | None = None,
+    device: compat.Device | None = None,
     interpret: bool = False,
 ) -> QTensor:
     """Quantizes an array to NVFP4 in blocks of 16 along its last axis.
@@ -82,7 +82,7 @@ def quantize_columns(
     center: Float32[Array, "..."] | None = None,
     hadamard: bool = False,
     batch_dims: int = 0,
-    device: jax.Device | None = None,
+    device: compat.Device | None = None,
     interpret: bool = False,
 ) -> QTensor:
     """Quantizes an array to NVFP4 in blocks of 16 along its last axis but one, the tokens of a sequence.

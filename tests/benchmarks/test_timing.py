@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ratios, timing
+from fp4jax.plan.targets import DESCRIPTIONS
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -48,7 +49,7 @@ def test_two_passes_are_refused():
 @pytest.mark.parametrize("passes, calls", [(1, 4), (3, 8), (16, 8)])
 def test_compiled_for_a_gpu_no_call_is_dropped_or_moved(passes, calls):
     """4 inputs: 4 calls before the loop, 4 in its body."""
-    target = REPOSITORY / "tests" / "pallas_kernels" / "targets" / "h200.txtpb"
+    target = DESCRIPTIONS / "h200.txtpb"
     run = subprocess.run(
         [sys.executable, HERE / "compile_for_target.py", target, str(passes)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},

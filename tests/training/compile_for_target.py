@@ -1,21 +1,20 @@
 """Compiles the training step for devices that are not there: `compile_for_target.py TARGET [RECIPE ...]`.
 
-TARGET is a TPU topology ("v5e:2x2", needs libtpu) or a GPU's description (a .txtpb file, needs jax[cuda13]). Prints a
-line of JSON for each recipe (default: all) with what is needed to judge the optimized program.
+TARGET is what `fp4jax.plan` takes, "v5e:2x2" or "h200:1". Prints a line of JSON for each recipe (default: all)
+with what is needed to judge the optimized program.
 """
 
 import json
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import jax
 import ml_collections
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from fp4jax.config import default_config
+from fp4jax.plan import targets
 from fp4jax.recipes import list_recipes
 from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.scopes import PRODUCT_SCOPES
@@ -27,8 +26,6 @@ WIDE_TYPES = ("f64", "c64", "c128")
 # Enough for every path; the other five linear layers would only multiply the time. In bfloat16 they are the control
 # group, whose products must have precise sources.
 QUANTIZED_LAYERS = "v_proj|down_proj"
-# Products, roundings and their order are settled before LLVM.
-GPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_gpu_disable_gpuasm_optimizations": True}
 
 
 def tiny_config(recipe: str) -> ml_collections.ConfigDict:
@@ -44,16 +41,10 @@ def tiny_config(recipe: str) -> ml_collections.ConfigDict:
     return config
 
 
-def target_mesh(target: str) -> Mesh:
+def target_mesh(target: targets.Target) -> Mesh:
     """All devices of a TPU topology, as data × fsdp; or one GPU."""
-    jax.devices()  # registers the plug-ins
-    if target.endswith(".txtpb"):
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology="1x1x1", target_config=Path(target).read_text()
-        )
-        return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, topology.devices)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
-    return make_mesh({"data": 2, "fsdp": -1, "tensor": 1}, topology.devices)
+    devices = target.devices()
+    return make_mesh({"data": 1 if target.is_gpu else 2, "fsdp": -1, "tensor": 1}, devices)
 
 
 def optimized_step(recipe: str, mesh: Mesh) -> str:
@@ -61,7 +52,7 @@ def optimized_step(recipe: str, mesh: Mesh) -> str:
     step, state, batch = abstract_train_step(tiny_config(recipe), mesh)
     with jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
-        return lowered.compile(GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None).as_text()
+        return lowered.compile(targets.GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None).as_text()
 
 
 def linear_products(text: str) -> list[dict]:
@@ -102,7 +93,7 @@ def report(recipe: str, mesh: Mesh) -> dict:
 
 
 def main(target: str, *recipes: str) -> None:
-    mesh = target_mesh(target)
+    mesh = target_mesh(targets.parse(target))
     for recipe in recipes or list_recipes():
         print(json.dumps(report(recipe, mesh)), flush=True)
 

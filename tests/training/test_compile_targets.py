@@ -12,34 +12,30 @@ from pathlib import Path
 
 import pytest
 
+from fp4jax.plan import targets
 from fp4jax.recipes import Operand, Source, list_recipes, recipe
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-TARGETS = {
-    "v5e:2x2": ("libtpu", "v5e:2x2"),
-    "h200": ("jax_cuda13_plugin", str(REPOSITORY / "tests" / "pallas_kernels" / "targets" / "h200.txtpb")),
-}
+TARGETS = ("v5e:2x2", "h200:1")
 BUDGET = 1500  # seconds for one target, which takes 7 minutes of processor time at most
 
 pytestmark = pytest.mark.slow
 
 
 def _is_installed(target: str) -> bool:
-    return importlib.util.find_spec(TARGETS[target][0]) is not None
+    return importlib.util.find_spec(targets.parse(target).package) is not None
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """One process for each target that can be compiled for, side by side; all recipes share its start."""
     folder, running = tmp_path_factory.mktemp("targets"), {}
-    # libtpu asks no cloud for its machine, and other processes may hold it too: it only compiles here.
-    tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)} | tpu
-    for target, (_, argument) in TARGETS.items():
+    environment = os.environ | targets.ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    for target in TARGETS:
         if _is_installed(target):
             out, log = folder / f"{target}.jsonl", folder / f"{target}.log"
-            command = [sys.executable, HERE / "compile_for_target.py", argument]
+            command = [sys.executable, HERE / "compile_for_target.py", target]
             with out.open("w") as stdout, log.open("w") as stderr:
                 running[target] = subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr), out, log
     yield running

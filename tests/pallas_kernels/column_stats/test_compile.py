@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fp4jax.plan.targets import DESCRIPTIONS
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
 
@@ -38,7 +40,7 @@ def compiled(request, tmp_path_factory):
     dump = tmp_path_factory.mktemp("mosaic")
     settings = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     run = subprocess.run(
-        [sys.executable, HERE / "compile_for_target.py", HERE.parent / "targets" / "h200.txtpb", dtype, shape],
+        [sys.executable, HERE / "compile_for_target.py", DESCRIPTIONS / "h200.txtpb", dtype, shape],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **settings},
         capture_output=True,
         text=True,

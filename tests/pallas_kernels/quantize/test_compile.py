@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fp4jax.plan.targets import DESCRIPTIONS
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
 # Blocks of 128 threads on each multiprocessor at least: 4 for rows, 2 for columns, with 16 reads a lane under way.
@@ -46,7 +48,7 @@ def compiled(request, tmp_path_factory):
         [
             sys.executable,
             HERE / "compile_for_target.py",
-            HERE.parent / "targets" / "h200.txtpb",
+            DESCRIPTIONS / "h200.txtpb",
             *(kernel, dtype, shape),
         ],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **settings},

@@ -1,0 +1,49 @@
+"""The device that a program is traced for: one of this machine, or one that a mesh describes and that is not here."""
+
+import dataclasses
+import re
+
+import jax
+
+# A mesh of devices that are not here tells their names alone while a program is traced.
+_CAPABILITIES = {
+    r"NVIDIA (H100|H200|H800|H20|GH200)\b": "9.0",
+    r"NVIDIA G?B200\b": "10.0",
+    r"NVIDIA G?B300\b": "10.3",
+    r"NVIDIA (RTX PRO \d+.* Blackwell|GeForce RTX 50\d\d)\b": "12.0",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """Attributes:
+    platform: "cpu", "gpu" or "tpu"; device_kind: its name.
+    compute_capability: of an NVIDIA GPU, "9.0"; "" of others and where it is not known.
+    devices: how many there are, or how many the mesh has where it is one of devices that are not here.
+    """
+
+    platform: str
+    device_kind: str
+    compute_capability: str
+    devices: int
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """For comparisons; (0, 0) where there is none."""
+        major, _, minor = self.compute_capability.partition(".")
+        return int(major or 0), int(minor or 0)
+
+    def __str__(self) -> str:
+        return f"{self.device_kind} ({self.platform})"
+
+
+def current() -> Hardware:
+    """The device of the ambient mesh; without a mesh the first of `jax.devices()`."""
+    mesh, here = jax.sharding.get_abstract_mesh(), jax.devices()
+    described = mesh.abstract_device
+    if described is None or described.device_kind == here[0].device_kind:
+        capability = str(getattr(here[0], "compute_capability", ""))
+        known = re.fullmatch(r"\d+\.\d+", capability)  # AMD's are no numbers
+        return Hardware(here[0].platform, here[0].device_kind, capability if known else "", len(here))
+    matching = [value for name, value in _CAPABILITIES.items() if re.match(name, described.device_kind)]
+    return Hardware(described.platform, described.device_kind, "".join(matching), mesh.size)

@@ -1,0 +1,91 @@
+"""Products on FP4 tensor cores: NVFP4 operands handed to `jax.nn.scaled_matmul` as they are stored.
+
+On Blackwell XLA makes a call of cuDNN of it (`__cudnn$blockScaledDot`), elsewhere, where it is of no use, a product in
+float32. Elements are E2M1, a scale in E4M3 stands for every 16 along the contraction, sums are in float32; the float32
+scales of the operands multiply the result, outside of here. So the result is the emulation's up to the order of
+additions.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+from fp4jax import hardware
+from fp4jax.numerics import QTensor, formats, rounding
+
+_BLOCK = 16
+_LEAST_CAPABILITY = (10, 0)
+
+
+def unsupported_reason() -> str | None:
+    """Why the device that a program is traced for has no FP4 tensor cores; None where it has."""
+    device = hardware.current()
+    if device.capability >= _LEAST_CAPABILITY:
+        return None
+    return (
+        f"FP4 tensor cores need an NVIDIA GPU of compute capability 10.0 (Blackwell) or higher, the device is {device}"
+    )
+
+
+def misfit(lhs: QTensor, rhs: QTensor, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> str | None:
+    """Why the tensor cores cannot multiply these operands over the axes `contracted` (negative); None if they can."""
+    for value, axes in zip((lhs, rhs), contracted, strict=True):
+        format = value.format
+        if (format.element, format.block, format.scale) != (formats.E2M1, _BLOCK, formats.E4M3):
+            return f"{format} is not E2M1 in blocks of 16 with scales in E4M3"
+        if value.amax is not None and any(value.amax.shape[axis] != 1 for axis in axes):
+            return f"the float32 scale of {format} changes along the contraction"
+        if dict(value.blocked).keys().isdisjoint(axes):
+            return f"the blocks of {format} run along another axis"
+    sizes = [tuple(value.padded_shape[a] for a in axes) for value, axes in zip((lhs, rhs), contracted, strict=True)]
+    return None if sizes[0] == sizes[1] else f"the operands are padded to different sizes, {sizes[0]} and {sizes[1]}"
+
+
+def product(
+    lhs: QTensor, rhs: QTensor, contracted: tuple[tuple[int, ...], tuple[int, ...]], batch_dims: int
+) -> Float32[Array, "..."]:
+    """The product of elements × block scales, without the float32 scales: [*batch, *lhs rows, *rhs rows].
+
+    Args:
+      contracted: of each operand, the axes that are summed over (negative, ascending); one of them is blocked.
+      batch_dims: leading axes of both that count independent products.
+    """
+    (x, x_scales, x_rows), (w, w_scales, w_rows) = (
+        _operand(value, axes, batch_dims) for value, axes in zip((lhs, rhs), contracted, strict=True)
+    )
+    result = jax.nn.scaled_matmul(x, w, x_scales, w_scales, preferred_element_type=jnp.float32)
+    return result.reshape(*lhs.padded_shape[:batch_dims], *x_rows, *w_rows)
+
+
+def _operand(value: QTensor, contracted: tuple[int, ...], batch_dims: int):
+    """(elements [batch, rows, K], scales [batch, rows, K / 16], logical sizes of the rows).
+
+    Axes are moved while two codes share a byte: as elements of half a byte they would be moved one by one.
+    """
+    axis = next(axis for axis, _ in value.blocked if axis in contracted)
+    codes, scales = value.codes, value.scales
+    if value.axis != axis:  # square blocks, packed for the other product
+        codes = rounding.pack(value.element_codes, axis)
+    for blocked, size in value.blocked:
+        if blocked != axis:
+            scales = jnp.repeat(scales, value.format.block, axis=blocked)
+            codes, scales = (lax.slice_in_dim(a, 0, size, axis=blocked % a.ndim) for a in (codes, scales))
+    rows = tuple(a for a in range(batch_dims - codes.ndim, 0) if a not in contracted)
+    sizes = tuple(codes.shape[a] for a in rows)
+    order = tuple(range(batch_dims)) + tuple(a % codes.ndim for a in rows + contracted)
+    batch = _count(codes.shape[:batch_dims])
+    flat = tuple(
+        a.transpose(order).reshape(batch, _count(sizes), _count(a.shape[i] for i in contracted))
+        for a in (codes, scales)
+    )
+    elements = lax.bitcast_convert_type(flat[0], jnp.float4_e2m1fn)  # [..., 2]: the low nibble first
+    elements = elements.reshape(*elements.shape[:-2], -1)
+    return elements, lax.bitcast_convert_type(flat[1], jnp.float8_e4m3fn), sizes
+
+
+def _count(sizes) -> int:
+    result = 1
+    for size in sizes:  # `math.prod` makes an array of a symbolic size
+        result = result * size
+    return result

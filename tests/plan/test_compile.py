@@ -1,0 +1,101 @@
+"""A small model's step compiled for machines that are not there, by the command itself (`make test-compile`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fp4jax.plan import targets
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAYERS, LINEARS, MICROBATCHES = 2, 7, 2
+TINY = {
+    "batch_size": 16, "microbatches": MICROBATCHES, "seq_len": 128, "mesh.fsdp": -1, "model.vocab_size": 256,
+    "model.hidden_size": 128, "model.num_layers": LAYERS, "model.num_heads": 2, "model.num_kv_heads": 2,
+    "model.head_dim": 64, "model.intermediate_size": 256,
+}  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+def plan_of(target, folder, **changes):
+    try:
+        targets.parse(target).check_installed()
+    except ValueError as error:
+        pytest.skip(str(error))
+    out = folder / "plan.json"
+    command = [
+        sys.executable,
+        "-m",
+        "fp4jax.plan",
+        "--config=configs/averis_tiny.py",
+        f"--target={target}",
+        f"--out={out}",
+    ]
+    command += [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    run = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"{target}: " in run.stdout
+    (plan,) = json.loads(out.read_text())["plans"]
+    assert plan["unknown_loops"] == 0
+    found = plan["memory"]
+    assert 0 < found["temporaries"] < found["peak"] and 0 < found["aliased"] <= found["results"]
+    assert plan["quantization"]["coded"] == plan["quantization"]["operands"] > 0
+    assert plan["quantization"]["folded"] == []
+    return plan
+
+
+def each(way):
+    return {gemm: {way: LAYERS * LINEARS * MICROBATCHES} for gemm in ("fprop", "dgrad", "wgrad")}
+
+
+def test_blackwell_multiplies_every_linear_layer_natively(tmp_path):
+    plan = plan_of("b200:1", tmp_path)
+    assert plan["memory"]["peak"] <= plan["memory"]["arguments"] + plan["memory"]["temporaries"] + 4096
+    assert plan["gemms"] == each("native")
+    assert plan["corrections"] == {"native": 2 * LAYERS * LINEARS * MICROBATCHES}  # the means, fprop and dgrad
+    assert plan["quantization"]["emulated"] == []
+    # The loops multiplied, and no call that is not one of these.
+    calls = sum(plan["custom_calls"][name] for name in plan["custom_calls"] if "blockScaledDot" in name)
+    assert calls == (3 + 2) * LAYERS * LINEARS * MICROBATCHES
+
+
+def test_hopper_emulates_and_has_kernels_without_spills(tmp_path):
+    plan = plan_of("h200:1", tmp_path)
+    assert plan["gemms"] == each("emulated in bfloat16")
+    assert plan["collectives"] == {} and plan["quantization"]["native"] == []
+    names = {kernel["name"].rsplit("_", 1)[0] for kernel in plan["kernels"]}
+    assert {"column_stats", "quantize_rows_centered", "quantize_columns_centered"} <= names
+    for kernel in plan["kernels"]:
+        assert kernel["spill_bytes"] == 0 and 0 < kernel["registers"] <= 255, kernel
+
+
+def test_eight_gpus_exchange_gradients(tmp_path):
+    plan = plan_of("b200:8", tmp_path)
+    assert (plan["devices"], plan["mesh"]["fsdp"]) == (8, 8)
+    assert plan["gemms"] == each("native")
+    assert sum(found["bytes"] for found in plan["collectives"].values()) > 0
+
+
+def test_tpus(tmp_path):
+    plan = plan_of("v5e:2x2", tmp_path)
+    assert plan["devices"] == 4 and plan["kernels"] == []
+    assert plan["gemms"] == each("emulated in bfloat16")
+    assert plan["collectives"]
+
+
+def test_a_configuration_that_does_not_fit_is_refused_in_one_line(tmp_path):
+    try:
+        targets.parse("b200:8").check_installed()
+    except ValueError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "fp4jax.plan", "--config=configs/averis_tiny.py", "--target=b200:8"]
+    run = subprocess.run(
+        [*command, "--config.mesh.data=16"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 1 and "error: b200:8: mesh data=16" in run.stderr and run.stderr.count("\n") == 1
