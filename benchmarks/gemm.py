@@ -106,15 +106,15 @@ def plain(kind: str) -> Callable[[Array, Array], Array]:
 
 def emulated(kind: str) -> Callable[[QTensor, QTensor], Array]:
     """The product of `fp4jax.dot` on prepared operands, its result in bfloat16."""
-    dtype = gemm.emulation_dtype()
+    execution = gemm.Execution(gemm.emulation_dtype())
 
     def product(left: QTensor, right: QTensor) -> Array:
         if kind == "wgrad":
             parts = Part(left), Part(right)
-            result = gemm.contract_tokens(*parts, as_recipe("nvfp4"), left.shape, 0, dtype, None, None)
+            result = gemm.contract_tokens(*parts, as_recipe("nvfp4"), left.shape, 0, execution, None, None)
         else:
             axis = CONTRACTED[kind][1][0] - 2
-            result = gemm.contract_features(Part(left), Part(right), axis, 0, dtype, None, None)
+            result = gemm.contract_features(Part(left), Part(right), axis, 0, execution, None, None, jnp.bfloat16)
         return result.astype(jnp.bfloat16)
 
     return product

@@ -71,7 +71,7 @@ def default_config() -> ml_collections.ConfigDict:
 def _model() -> dict:
     """`name`: "qwen3", "llama", which lacks the norms of query and key heads, or "qwen3_moe", which has experts:
     `intermediate_size` is then an expert's. `dtype` is the activations' (parameters are float32), `remat` what the
-    backward recomputes.
+    backward recomputes, `attention` "auto", "xla" or "cudnn" (flash attention; auto takes it on NVIDIA GPUs).
     """
     return {
         "name": "qwen3",
@@ -88,6 +88,7 @@ def _model() -> dict:
         "init_std": 0.02,
         "dtype": "bfloat16",
         "remat": "none",
+        "attention": "auto",
         "moe": _moe(),
     }
 

@@ -16,12 +16,14 @@ SEQUENCE_BLOCK = 16
 BACKENDS = ("auto", "xla", "pallas")
 GEMMS = ("auto", "native", "emulated")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
+ATTENTIONS = ("auto", "xla", "cudnn")
 ACTIVATION_DTYPES = ("bfloat16", "float32")
 ON_NONFINITE = ("stop", "skip", "rollback")
 
 MAY_CHANGE = (
     *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
     *("on_nonfinite", "divergence", "watchdog", "data.prefetch", "data.max_bad_fraction", "model.remat"),
+    "model.attention",
 )
 """Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
 
@@ -88,6 +90,7 @@ CHOICES = {
     "backend": BACKENDS,
     "gemm": GEMMS,
     "model.remat": REMATERIALIZATIONS,
+    "model.attention": ATTENTIONS,
     "model.dtype": ACTIVATION_DTYPES,
     "on_nonfinite": ON_NONFINITE,
 }

@@ -263,7 +263,7 @@ def _fprop(spec: _Spec):
     def stage(unused, w, x, words, mask):
         del unused, words
         with scopes.of_recipe(spec.recipe.name), scopes.of_gemm("fprop", spec.short[0]):
-            y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.execution, spec.precision, mask)
+            y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.execution, spec.precision, mask, spec.dtype)
         return (y.astype(spec.dtype),)
 
     return vmappable(stage, spec.batch_dims, lambda dims: _fprop(spec.with_batch_dims(dims)), per_token=(True,))
@@ -282,7 +282,7 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
             return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, *how)
 
         with scopes.of_recipe(recipe.name), scopes.of_gemm("dgrad", spec.short[0] or spec.short[1]):
-            dx = gemms.contract_features(dq.forward, w, -1, batch_dims, *how)
+            dx = gemms.contract_features(dq.forward, w, -1, batch_dims, *how, spec.lhs_dtype)
         with scopes.of_recipe(recipe.name), scopes.of_gemm("wgrad", spec.short[0]):
             dw = contract(x, dq.backward)
         statistics = None

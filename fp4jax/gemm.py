@@ -41,10 +41,14 @@ class Execution:
     Attributes:
       dtype: of the emulation.
       native: on FP4 tensor cores, where both operands are of the kind that these take.
+      rounded: a product of features that corrections are added to is rounded to the result's dtype before. On GPUs XLA
+        writes it to memory between the two, and with it in float32 a mean costs more in traffic than in anything else;
+        elsewhere the sum is one with the product, in float32.
     """
 
     dtype: jnp.dtype
     native: bool = False
+    rounded: bool = False
 
     def __str__(self) -> str:
         emulated = f"emulated in {self.dtype}"
@@ -52,13 +56,20 @@ class Execution:
 
 
 def contract_features(
-    lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, execution: Execution, precision, row_mask
+    lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, execution: Execution, precision, row_mask, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    """fprop (`rhs_axis` -2: W's K) and dgrad (-1: W's N): [*batch, *tokens, features] × W → [*batch, *tokens, out]."""
+    """fprop (`rhs_axis` -2: W's K) and dgrad (-1: W's N): [*batch, *tokens, features] × W → [*batch, *tokens, out].
+
+    dtype: what the caller rounds the result to, which is in float32 here.
+    """
     product = functools.partial(
         _times_weights, weights=rhs, rhs_axis=rhs_axis, batch_dims=batch_dims, execution=execution, precision=precision
     )
     result = product(lhs.residual)
+    corrected = any(term is not None for term in (lhs.mean, lhs.low_rank))
+    if corrected and execution.rounded and jnp.dtype(dtype).itemsize < result.dtype.itemsize:
+        # The barrier keeps XLA from taking the rounding back (xla_allow_excess_precision).
+        result = lax.optimization_barrier(result.astype(dtype)).astype(result.dtype)
     with scopes.of_correction():
         if lhs.mean is not None:
             row = product(lhs.mean, few_rows=True)
@@ -259,12 +270,16 @@ def _pad_to(x, axis, size):
 
 def best() -> Execution:
     """The execution for this device: native where it has FP4 tensor cores."""
-    return Execution(emulation_dtype(), native=native.unsupported_reason() is None)
+    return Execution(emulation_dtype(), native.unsupported_reason() is None, _rounded())
 
 
 def emulated() -> Execution:
     """The execution that every device has."""
-    return Execution(emulation_dtype())
+    return Execution(emulation_dtype(), rounded=_rounded())
+
+
+def _rounded() -> bool:
+    return hardware.current().platform == "gpu"
 
 
 def native_or_error() -> Execution:

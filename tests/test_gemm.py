@@ -1,14 +1,19 @@
 """What is promised of the products themselves, read from the traced program."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.extend import core
 
+from fp4jax import dot, gemm
 from fp4jax.dot import dot_general
 from fp4jax.gemm import emulation_dtype
 from fp4jax.recipes import list_recipes, recipe
+from tests.contract import assert_identical
 
 X, W = jax.ShapeDtypeStruct((2, 48, 80), jnp.bfloat16), jax.ShapeDtypeStruct((80, 64), jnp.float32)
 
@@ -55,3 +60,32 @@ def test_float32_is_multiplied_in_full(accelerator, name):
 
 def test_products_are_for_the_meshs_device(accelerator):
     assert emulation_dtype() == jnp.bfloat16
+
+
+def outputs_of(name, dtype):
+    x, w = (jax.random.normal(jax.random.key(i), shape) + 0.5 for i, shape in enumerate([(48, 80), (80, 64)]))
+    contract = (((1,), (0,)), ((), ()))
+    x = x.astype(jnp.bfloat16).astype(dtype)
+    return dot_general(x, w, contract, preferred_element_type=dtype, recipe=name, key=jax.random.key(0))
+
+
+def test_where_it_is_asked_for_a_product_is_rounded_before_a_mean_is_added(monkeypatch):
+    """What is added to is in the result's dtype; what is added, and the sum, in float32."""
+    whole = outputs_of("averis", jnp.float32)
+    once = outputs_of("averis", jnp.bfloat16)
+    nothing_added = outputs_of("nvfp4", jnp.bfloat16)
+    emulated = gemm.emulated()
+    assert not emulated.rounded  # on a CPU
+    monkeypatch.setitem(dot._PRODUCTS, "auto", lambda: dataclasses.replace(emulated, rounded=True))
+    assert_identical(outputs_of("averis", jnp.float32), whole)
+    assert_identical(outputs_of("nvfp4", jnp.bfloat16), nothing_added)
+    twice = outputs_of("averis", jnp.bfloat16)
+    assert not jnp.array_equal(twice, once)
+    units = jnp.max(jnp.abs(whole)) * 2**-8  # of the largest value's last place
+    assert float(jnp.max(jnp.abs(twice.astype(jnp.float32) - whole))) <= units
+
+
+def test_gpus_round_before_a_mean_is_added(accelerator):
+    assert gemm.best().rounded and gemm.emulated().rounded
+    jaxpr = jax.make_jaxpr(functools.partial(outputs_of, "averis"), static_argnums=0)(jnp.bfloat16)
+    assert "optimization_barrier" in str(jaxpr)

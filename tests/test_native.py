@@ -170,13 +170,14 @@ def on_mesh_of(kind, platform="gpu"):
 @pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA GB300", "NVIDIA GeForce RTX 5090"])
 def test_auto_is_native_on_blackwell(kind):
     with on_mesh_of(kind):
-        assert gemm.best() == gemm.Execution(jnp.dtype(jnp.bfloat16), native=True) == gemm.native_or_error()
+        assert gemm.best() == gemm.Execution(jnp.dtype(jnp.bfloat16), True, rounded=True) == gemm.native_or_error()
 
 
 @pytest.mark.parametrize(("kind", "platform"), [("NVIDIA H200", "gpu"), ("TPU v5 lite", "tpu"), ("AMD MI355X", "gpu")])
 def test_elsewhere_auto_is_emulated_and_native_raises(kind, platform):
     with on_mesh_of(kind, platform):
-        assert gemm.best() == gemm.emulated() == gemm.Execution(jnp.dtype(jnp.bfloat16))
+        expected = gemm.Execution(jnp.dtype(jnp.bfloat16), rounded=platform == "gpu")
+        assert gemm.best() == gemm.emulated() == expected
         expected = rf"gemm='native': .* compute capability 10.0 .*{kind} \({platform}\); gemm='emulated' gives the same"
         with pytest.raises(NotImplementedError, match=expected):
             gemm.native_or_error()

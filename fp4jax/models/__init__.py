@@ -8,6 +8,7 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float32, PyTree
 
+from fp4jax.models.cross_entropy import cross_entropy
 from fp4jax.models.llama import Llama, LlamaConfig
 from fp4jax.models.pretrained import LoadedModel, load, load_parameters
 from fp4jax.models.qwen3 import Qwen3, Qwen3Config
@@ -76,11 +77,9 @@ def loss(
       key, weights, monitor: as the model takes them.
     """
     documents = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-    logits_BxTxV = model(batch["tokens"], key=key, weights=weights, monitor=monitor, **documents)
-    log_normalizer = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    chosen = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
+    hidden_BxTxD = model.hidden(batch["tokens"], key=key, weights=weights, monitor=monitor, **documents)
     mask = batch["loss_mask"].astype(jnp.float32)
-    return jnp.sum((log_normalizer - chosen) * mask), jnp.sum(mask)
+    return cross_entropy(hidden_BxTxD, model.head, batch["targets"], mask), jnp.sum(mask)
 
 
 def router_loss(

@@ -3,10 +3,17 @@
 Shapes: B batch, T sequence, N query heads, K key/value heads, H head_dim, D hidden.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
+
+from fp4jax.hardware import Hardware, current
+
+_CUDNN_LEAST_CAPABILITY = (8, 0)
+_CUDNN_LARGEST_HEAD, _CUDNN_HEAD_MULTIPLE = 128, 8
 
 
 class RMSNorm(nnx.Module):
@@ -21,10 +28,22 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Normalizes the last axis and returns x's dtype."""
-        x_f32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + self.epsilon)
-        weight = self.weight[...].reshape(*[1] * (x.ndim - 1), -1)
-        return (x_f32 * scale * weight).astype(x.dtype)
+        return _rms_norm(x, self.weight[...].reshape(*[1] * (x.ndim - 1), -1), self.epsilon)
+
+
+# Checkpointed: for the backward their inputs are kept, not the float32 values in between, which are twice as large, and
+# cheap to make again while the inputs are read.
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _rms_norm(x: Float[Array, "..."], weight: Float32[Array, "..."], epsilon: float) -> Float[Array, "..."]:
+    x_f32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + epsilon)
+    return (x_f32 * scale * weight).astype(x.dtype)
+
+
+@jax.checkpoint
+def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """silu(gate) × up (Shazeer 2020)."""
+    return jax.nn.silu(gate) * up
 
 
 def rotary_angles(
@@ -53,10 +72,48 @@ def causal_attention(
     k_BxTxKxH: Float[Array, "B T K H"],
     v_BxTxKxH: Float[Array, "B T K H"],
     segments_BxT: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads, in the operands' dtype with a float32 softmax.
 
     With segments a token attends to the tokens before it that are in its own segment.
+
+    Args:
+      implementation: "xla", which holds the scores [B, N, T, T]; "cudnn", which holds a tile of them (NVIDIA GPUs); or
+        "auto", as `attention_implementation` says for the device that is traced for.
+
+    Raises:
+      NotImplementedError: "cudnn" for operands or a device that it does not serve.
     """
+    implementation = attention_implementation(implementation, q_BxTxNxH.dtype, q_BxTxNxH.shape[-1], current())
     mask = None if segments_BxT is None else (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask, is_causal=True)
+    return jax.nn.dot_product_attention(
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask, is_causal=True, implementation=implementation
+    )
+
+
+def attention_implementation(choice: str, dtype: jnp.dtype, head_dim: int, hardware: Hardware) -> str:
+    """Returns "cudnn" or "xla"; "auto" takes cuDNN's flash attention where it serves such operands.
+
+    cuDNN sums a gradient in the order its blocks finish unless XLA_FLAGS holds --xla_gpu_deterministic_ops=true.
+
+    Raises:
+      NotImplementedError: "cudnn" where it does not, with what it would take.
+      ValueError: an unknown choice.
+    """
+    if choice not in ("auto", "xla", "cudnn"):
+        raise ValueError(f"attention must be auto, xla or cudnn, got {choice!r}")
+    obstacle = None if choice == "xla" else _cudnn_obstacle(dtype, head_dim, hardware)
+    if choice == "cudnn" and obstacle:
+        raise NotImplementedError(f"attention='cudnn' {obstacle}; use attention='xla'")
+    return "xla" if choice == "xla" or obstacle else "cudnn"
+
+
+def _cudnn_obstacle(dtype: jnp.dtype, head_dim: int, hardware: Hardware) -> str | None:
+    if hardware.capability < _CUDNN_LEAST_CAPABILITY:
+        return f"needs an NVIDIA GPU of compute capability 8.0 or above, and this is {hardware}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if head_dim > _CUDNN_LARGEST_HEAD or head_dim % _CUDNN_HEAD_MULTIPLE:
+        return f"takes heads of up to {_CUDNN_LARGEST_HEAD} in multiples of {_CUDNN_HEAD_MULTIPLE}, not {head_dim}"
+    return None

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
 from fp4jax.models.cache import CachedAttention
-from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate
+from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate, swiglu
 from fp4jax.policy import Policy
 from fp4jax.recipes import Recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, Monitor
@@ -45,6 +45,7 @@ class Qwen3Config:
       dtype: of activations and of high-precision products; parameters are float32.
       remat: what the backward recomputes: "none", "full" (everything but a block's input) or "linear_inputs"
         (everything but the prepared inputs of the linear layers).
+      attention: how attention is computed: "auto", "xla" or "cudnn" (`layers.causal_attention`).
       qk_norm: whether query and key heads are normalized; the architecture's, not to be chosen.
       linears: the linear layers of a block; the architecture's too.
     """
@@ -65,6 +66,7 @@ class Qwen3Config:
     init_std: float = 0.02
     dtype: str = "bfloat16"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -164,7 +166,7 @@ class Block(nnx.Module):
         """A SwiGLU; `linears(names, x)` gives the products of x."""
         del monitor
         gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], x_BxTxD)
-        return linears(LINEARS[6:], jax.nn.silu(gate_BxTxF) * up_BxTxF)[0]
+        return linears(LINEARS[6:], swiglu(gate_BxTxF, up_BxTxF))[0]
 
     def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None, row_mask):
         """The products of one input with several kernels; x is prepared once for each recipe among them.
@@ -245,11 +247,15 @@ class Qwen3(nnx.Module):
         )
         return self.logits(hidden)
 
+    @property
+    def head(self) -> Float32[Array, "V D"]:
+        """The matrix of the output head: the embedding, or a matrix of its own."""
+        return (self.embedding if self.config.tie_embeddings else self.lm_head)[...]
+
     def logits(self, hidden_BxTxD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
-        """The output head."""
-        head = self.embedding if self.config.tie_embeddings else self.lm_head
+        """The output head's products."""
         return lax.dot_general(
-            hidden_BxTxD, head[...].astype(hidden_BxTxD.dtype), (((2,), (1,)), ((), ())),
+            hidden_BxTxD, self.head.astype(hidden_BxTxD.dtype), (((2,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
@@ -278,7 +284,7 @@ class Qwen3(nnx.Module):
             length = tokens_BxT.shape[1]
             positions = jnp.arange(length) if cached is None else cached.positions(length)
         rope = rotary_angles(positions, c.head_dim, c.rope_theta)
-        attend = functools.partial(causal_attention, segments_BxT=segment_ids)
+        attend = functools.partial(causal_attention, segments_BxT=segment_ids, implementation=c.attention)
         for index, segment in enumerate(self.segments):
             prepared = None if weights is None else weights[index]
             x_BxTxD = self._scan(x_BxTxD, rope, segment, prepared, key, monitor, attend, cached, row_mask)

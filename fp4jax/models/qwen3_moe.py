@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from fp4jax.models.layers import swiglu
 from fp4jax.models.qwen3 import LINEARS as DENSE_LINEARS
 from fp4jax.models.qwen3 import Block, Qwen3, Qwen3Config
 from fp4jax.models.routing import assign_slots, choose, combine, dispatch, load_balancing_loss, routing_sums
@@ -140,7 +141,7 @@ class MoEBlock(Block):
             monitor.routing = routing_sums(choices, slots)
         linears = functools.partial(linears, row_mask=slots.row_mask)
         gate_ExCxF, up_ExCxF = linears(EXPERTS[:2], dispatch(x_SxD, slots))
-        y_ExCxD = linears(EXPERTS[2:], jax.nn.silu(gate_ExCxF) * up_ExCxF)[0]
+        y_ExCxD = linears(EXPERTS[2:], swiglu(gate_ExCxF, up_ExCxF))[0]
         return combine(y_ExCxD, choices.weights, slots).astype(x_BxTxD.dtype).reshape(x_BxTxD.shape)
 
 

@@ -101,9 +101,11 @@ def test_loss_counts_real_targets_only():
 
 def test_loss_gives_the_model_the_documents_that_the_data_have():
     class Recorder(nnx.Module):
-        def __call__(self, tokens, **kwargs):
+        head = jnp.zeros((8, 4))
+
+        def hidden(self, tokens, **kwargs):
             given.append({name for name, value in kwargs.items() if value is not None})
-            return jnp.zeros((*tokens.shape, 8))
+            return jnp.zeros((*tokens.shape, 4))
 
     given = []
     tokens = jnp.zeros((1, 4), jnp.int32)

@@ -28,7 +28,7 @@ DTYPE = "float32"
 """Of activations in both precisions, so that a difference is the recipe's and not that of bfloat16."""
 
 
-_NOT_ARCHITECTURE = {"model.dtype", "model.remat", "model.init_std"}
+_NOT_ARCHITECTURE = {"model.dtype", "model.remat", "model.attention", "model.init_std"}
 
 
 @dataclasses.dataclass(frozen=True)

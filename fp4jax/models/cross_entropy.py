@@ -1,0 +1,175 @@
+"""The output head and the cross-entropy in one: the logits of all tokens are never there at once.
+
+Float32 logits of 65,536 tokens and 151,936 words are 37 GiB, and their gradient another 37: more than everything else
+that a small model keeps. Here a chunk of positions at a time meets the head; under differentiation its gradients are
+taken while its logits are there, so that nothing is computed twice and a chunk's logits are the most that is held.
+
+Shapes: B batch, T sequence, D hidden, V vocabulary; S shards of the batch, b sequences of a shard, n chunks of C
+positions.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int
+
+LOGITS_AT_ONCE = 1 << 27
+"""Logits that a device holds at a time, about: 512 MiB in float32."""
+
+_BATCH_AXES, _VOCABULARY_AXIS = ("data", "fsdp"), "tensor"
+
+
+class Layout(NamedTuple):
+    """How a call is cut; static.
+
+    Attributes:
+      shards: devices that share the batch; each adds up its part of the head's gradient alone, so that one sum over
+        devices, behind the loop, makes it whole.
+      chunks: parts of the sequence, one after the other.
+    """
+
+    shards: int
+    chunks: int
+
+
+def layout(batch: int, length: int, vocabulary: int, logits_at_once: int = LOGITS_AT_ONCE) -> Layout:
+    """The fewest equal chunks whose logits stay below `logits_at_once` on each device of the ambient mesh."""
+    sizes = _mesh_sizes()
+    shards = math.prod(sizes.get(axis, 1) for axis in _BATCH_AXES)
+    shards = shards if batch % shards == 0 else 1
+    a_position = (batch // shards) * -(-vocabulary // sizes.get(_VOCABULARY_AXIS, 1))
+    fitting = (n for n in range(1, length + 1) if length % n == 0 and (length // n) * a_position <= logits_at_once)
+    return Layout(shards, next(fitting, length))
+
+
+def cross_entropy(
+    hidden_BxTxD: Float[Array, "B T D"],
+    head_VxD: Float32[Array, "V D"],
+    targets_BxT: Int[Array, "B T"],
+    weights_BxT: Float32[Array, "B T"],
+    cut: Layout | None = None,
+) -> Float32[Array, ""]:
+    """Sum over positions of weight × negative log-likelihood of the target, in nats.
+
+    The products have operands in hidden's dtype and float32 sums; softmax and likelihoods are float32, and so is the
+    head's gradient, over all chunks. The logits' gradient is rounded to hidden's dtype before its two products. Reverse
+    mode, once; the weights are constants to it.
+
+    Args:
+      targets_BxT: 0 to V - 1, at weights of 0 as well.
+      cut: None for `layout` of these shapes.
+    """
+    (batch, length, _), vocabulary = hidden_BxTxD.shape, head_VxD.shape[0]
+    cut = layout(batch, length, vocabulary) if cut is None else cut
+    return _cross_entropy(cut, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT):
+    head = _gathered(head_VxD.astype(hidden_BxTxD.dtype))
+
+    def add_chunk(total, chunk):
+        hidden, targets, weights = chunk
+        logits, log_normalizer, is_target = _logits(hidden, head, targets)
+        return total + _loss(logits, log_normalizer, is_target, weights), None
+
+    chunks = _chunks(cut, hidden_BxTxD, targets_BxT, weights_BxT)
+    return _scan(add_chunk, jnp.zeros((), jnp.float32), chunks)[0]
+
+
+def _forward(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT):
+    dtype = hidden_BxTxD.dtype
+    head = _gathered(head_VxD.astype(dtype))
+
+    def add_chunk(sums, chunk):
+        total, head_gradient_SxVxD = sums
+        hidden, targets, weights = chunk
+        logits, log_normalizer, is_target = _logits(hidden, head, targets)
+        total = total + _loss(logits, log_normalizer, is_target, weights)
+        likelihood = jnp.exp(logits - log_normalizer)
+        slope = jnp.where(is_target, likelihood - 1, likelihood) * weights[..., None]
+        slope_SxbxCxV = slope.astype(dtype)
+        hidden_gradient = jnp.einsum("sbcv,vd->sbcd", slope_SxbxCxV, head, preferred_element_type=jnp.float32)
+        added = jnp.einsum("sbcv,sbcd->svd", slope_SxbxCxV, hidden, preferred_element_type=jnp.float32)
+        return (total, _sharded(head_gradient_SxVxD + added, _VOCABULARY_AXIS)), hidden_gradient.astype(dtype)
+
+    zeros = _sharded(jnp.zeros((cut.shards, *head_VxD.shape), jnp.float32), _VOCABULARY_AXIS)
+    chunks = _chunks(cut, hidden_BxTxD, targets_BxT, weights_BxT)
+    (total, head_gradient), hidden_gradient = _scan(add_chunk, (jnp.zeros((), jnp.float32), zeros), chunks)
+    hidden_gradient_BxTxD = jnp.moveaxis(hidden_gradient, 0, 2).reshape(hidden_BxTxD.shape)
+    return total, (hidden_gradient_BxTxD, jnp.sum(head_gradient, axis=0))
+
+
+def _backward(cut: Layout, gradients, cotangent):
+    # The loss is a sum, so its gradients are those of its parts times one number.
+    hidden_gradient, head_gradient = gradients
+    scaled = (hidden_gradient.astype(jnp.float32) * cotangent).astype(hidden_gradient.dtype)
+    return scaled, head_gradient * cotangent, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _logits(hidden_SxbxCxD, head_VxD, targets_SxbxC):
+    """(logits [S, b, C, V], their log-sum-exp [S, b, C, 1], where the target is [S, b, C, V])."""
+    logits = jnp.einsum("sbcd,vd->sbcv", hidden_SxbxCxD, head_VxD, preferred_element_type=jnp.float32)
+    # A comparison, where an index would do: with the vocabulary on several devices an index gathers the logits.
+    is_target = lax.broadcasted_iota(targets_SxbxC.dtype, logits.shape, 3) == targets_SxbxC[..., None]
+    return logits, jax.nn.logsumexp(logits, axis=-1, keepdims=True), is_target
+
+
+def _loss(logits, log_normalizer, is_target, weights_SxbxC):
+    chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    return jnp.sum((log_normalizer[..., 0] - chosen) * weights_SxbxC)
+
+
+def _chunks(cut: Layout, *arrays_BxT):
+    """Each as [n, S, b, C, ...]; the batch stays where it is."""
+
+    def split(x: Array) -> Array:
+        parts = x.reshape(cut.shards, -1, cut.chunks, x.shape[1] // cut.chunks, *x.shape[2:])
+        return _sharded(jnp.moveaxis(parts, 2, 0), leading=1)
+
+    return tuple(map(split, arrays_BxT))
+
+
+def _scan(add_chunk, start, chunks):
+    """`lax.scan`; of one chunk without the loop, and without the copy of the sums that a loop makes."""
+    if chunks[0].shape[0] > 1:
+        return lax.scan(add_chunk, start, chunks)
+    end, found = add_chunk(start, jax.tree.map(lambda x: x[0], chunks))
+    return end, jax.tree.map(lambda x: x[None], found)
+
+
+def _mesh_sizes() -> dict[str, int]:
+    """Of the axes that the compiler shards over; no others are ours to use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+
+
+def _sharded(x: Array, *behind: str | None, leading: int = 0) -> Array:
+    """x with its shards of the batch, axis `leading`, on the mesh axes of the batch and the axes behind as given."""
+    sizes = _mesh_sizes()
+    if not sizes:
+        return x
+    batch = tuple(axis for axis in _BATCH_AXES if axis in sizes)
+    divides = x.shape[leading] == math.prod(sizes[axis] for axis in batch)
+    axes = (batch if divides else None, *(axis if axis in sizes else None for axis in behind))
+    return lax.with_sharding_constraint(x, PartitionSpec(*[None] * leading, *axes))
+
+
+def _gathered(head_VxD: Array) -> Array:
+    """The head, whole along D on every device: once, where a loop would gather it for every chunk."""
+    sizes = _mesh_sizes()
+    if _VOCABULARY_AXIS not in sizes:
+        return head_VxD
+    return lax.with_sharding_constraint(head_VxD, PartitionSpec(_VOCABULARY_AXIS, None))
