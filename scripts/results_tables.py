@@ -18,7 +18,7 @@ from fp4jax.comparison.report import read_numbers
 from fp4jax.comparison.tables import gap_table, pair_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("RESULTS.md", "docs/recipes.md", "docs/faults.md", "docs/benchmarks.md")
+PAGES = ("RESULTS.md", "docs/recipes.md", "docs/faults.md", "docs/benchmarks.md", "docs/mean_bias.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -168,6 +168,26 @@ def _kernels(kernels: Sequence[dict]) -> str:
     return f"{len(kernels)}, {registers} registers at most, {sum(k['spill_bytes'] for k in kernels)} bytes spilled"
 
 
+STEPS_SHOWN = (25, 50, 100, 150, 200)
+MEASURES = {
+    "mean's share of the energy": lambda site: site["energy"]["mean"],
+    "mean's share of the top 0.1 %": lambda site: site["top"]["mean"],
+}
+
+
+def mean_over_training() -> str:
+    """What the mean of a small model's last block holds, by step of its training."""
+    rows = []
+    for recipe in ("bf16", "averis"):
+        path = ROOT / f"results/mean_bias/tiny_{recipe}/figures.json"
+        found = json.loads(path.read_text(encoding="utf-8"))["results"]
+        for site in ("attention input", "MLP input"):
+            last = [found[f"{recipe} step {step}"]["sites"][site][-1] for step in STEPS_SHOWN]
+            for name, measure in MEASURES.items():
+                rows.append((f"`{recipe}`", site, name, *(f"{measure(layer):.3f}".lstrip("0") for layer in last)))
+    return _table(("recipe", "last block's", "measure", *(f"step {step}" for step in STEPS_SHOWN)), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ptq": ptq,
     "search": search,
@@ -178,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare_60m": functools.partial(comparison, "compare_60m"),
     "compare_tiny": functools.partial(comparison, "compare_tiny"),
     "plan": plan,
+    "mean_over_training": mean_over_training,
 }
 
 
