@@ -76,7 +76,7 @@ def _html_table(table: Table) -> str:
 
 def _inline(text: str) -> str:
     """Escaped, with `code` and **strong** as Markdown writes them."""
-    text = html_escapes.escape(text)
+    text = html_escapes.escape(text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     for mark, tag in (("`", "code"), ("**", "strong")):
         pieces = text.split(mark)
         text = "".join(f"<{tag}>{piece}</{tag}>" if i % 2 else piece for i, piece in enumerate(pieces))

@@ -22,6 +22,8 @@ from fp4jax import scopes
 from fp4jax.statistics import SCOPE as STATISTICS
 
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scaled_matmul_wrapper", "scaled_matmul"}
+# cuDNN's attention is one primitive: scores and values; backward, scores again and four gradients.
+_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 _OPAQUE = ("ffi_call", "custom_call", "dot_product_attention", "pure_callback")
 _OURS = Path(__file__).resolve().parents[1]
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/"
@@ -157,6 +159,9 @@ class _Walk:
             self.products.append(product)
             of_operands = product.scope.is_preparation  # factors of the weights are still weights
             return [Origin.join(origins) if of_operands else COMPUTED] * len(eqn.outvars)
+        if name in _ATTENTION:
+            self.products.append(_attention(eqn, origins, place))
+            return [COMPUTED] * len(eqn.outvars)
         if name.startswith(_OPAQUE):
             self.opaque.add(name)
         place = dataclasses.replace(
@@ -236,6 +241,22 @@ def _product(eqn: JaxprEqn, origins: list[Origin], place: _Place) -> Product:
         eqn.primitive.name, path, place.source or _source(eqn), (lhs.shape, rhs.shape),
         (lhs.dtype.name, rhs.dtype.name), (origins[0], origins[1]), contraction, 2 * result * contraction,
         place.count, place.inside, place.is_live,
+    )  # fmt: skip
+
+
+def _attention(eqn: JaxprEqn, origins: list[Origin], place: _Place) -> Product:
+    """Its products as executions of one: each has as many FLOPs as the scores, those behind a causal mask included."""
+    query, key = (var.aval for var in eqn.invars[:2])
+    batch, heads, length, head_dim = query.shape
+    keys = key.shape[2]
+    if eqn.params["layout"] == 0:  # [batch, length, heads, head_dim]
+        length, heads, keys = heads, length, key.shape[1]
+    path = "/".join((*place.path, *filter(None, [str(eqn.source_info.name_stack)])))
+    return Product(
+        "dot_product_attention", path, place.source or _source(eqn), (query.shape, key.shape),
+        (query.dtype.name, key.dtype.name), (origins[0], origins[1]), head_dim,
+        2 * batch * heads * length * keys * head_dim, place.count * _ATTENTION[eqn.primitive.name], place.inside,
+        place.is_live,
     )  # fmt: skip
 
 

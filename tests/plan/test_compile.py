@@ -66,7 +66,9 @@ def test_blackwell_multiplies_every_linear_layer_natively(tmp_path):
 
 
 def test_hopper_emulates_and_has_kernels_without_spills(tmp_path):
-    plan = plan_of("h200:1", tmp_path)
+    plan = plan_of("h200:1", tmp_path, **{"model.dtype": "bfloat16"})
+    attention = {name: count for name, count in plan["custom_calls"].items() if "fmha" in name}
+    assert sorted(attention.values()) == [LAYERS * MICROBATCHES] * 2, attention  # forward and backward
     assert plan["gemms"] == each("emulated in bfloat16")
     assert plan["collectives"] == {} and plan["quantization"]["native"] == []
     names = {kernel["name"].rsplit("_", 1)[0] for kernel in plan["kernels"]}

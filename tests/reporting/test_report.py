@@ -391,6 +391,26 @@ def test_what_cannot_be_looked_into_is_named():
     assert "not looked into: pure_callback" in str(report) and "no matrix product" in str(report)
 
 
+@pytest.mark.standard_promotion  # jax.nn.dot_product_attention
+def test_cudnns_attention_counts_as_its_products(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # to trace it where there is no GPU
+    q, k = array(2, 64, 4, 16, dtype=jnp.bfloat16), array(2, 64, 2, 16, dtype=jnp.bfloat16)
+
+    def report(implementation):
+        def loss(q, k, v):
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+            return jnp.sum(mixed.astype(jnp.float32))
+
+        return traced(jax.value_and_grad(loss, argnums=(0, 1, 2)), q, k, k)
+
+    flash, plain = report("cudnn"), report("xla")
+    scores = 2 * 2 * 4 * 64 * 64 * 16
+    assert flash.opaque == () and flash.flops == (2 + 5) * scores
+    assert plain.flops == (2 + 4) * scores  # which keeps the scores for the backward
+
+
 def test_only_functions_have_reports():
     with pytest.raises(ValueError, match="report takes a function and its arguments, got float"):
         fp4jax.report(1.0)

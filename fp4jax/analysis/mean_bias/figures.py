@@ -65,6 +65,7 @@ def _stacks(results: Mapping[str, Any], field: str, terms: Sequence[str], title:
                 axis.bar(layers, values, 0.9, bottom=np.where(values >= 0, above, below), label=term)
                 above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
             axis.axhline(0.0, color="k", lw=0.6)
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(title=f"{name}: {site}", xlabel="layer (0: embedding)" if site == SITES[0] else "layer")
         axes[0].set_ylabel(title)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(terms))
