@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 
 import ml_collections
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+"""The axes that split a batch."""
+
 MOE_MODEL = "qwen3_moe"
 
 
@@ -143,10 +146,11 @@ def _data() -> dict:
 
 
 def _mesh() -> dict:
-    """Devices along each axis: `data` replicates the parameters, `fsdp` shards them and the batch, `tensor` splits the
-    matrices. One of them may be -1: all devices that remain.
+    """Devices along each axis: `data` replicates the parameters, `fsdp` shards them and the batch, `expert` splits the
+    experts of "qwen3_moe" (and, like `fsdp`, the batch and all other parameters), `tensor` splits the matrices. One of
+    them may be -1: all devices that remain.
     """
-    return {"data": 1, "fsdp": 1, "tensor": 1}
+    return mesh_of()
 
 
 def _checkpoint() -> dict:
@@ -241,6 +245,11 @@ def check_key(key: str, accepted: set[str]) -> None:
     close = difflib.get_close_matches(key, sorted(accepted), n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(sorted(accepted))}"
     raise ConfigError(f"unknown config key {key!r}{hint}")
+
+
+def mesh_of(**sizes: int) -> dict[str, int]:
+    """The group `mesh` with these sizes, and 1 along every axis that is not named."""
+    return dict.fromkeys(MESH_AXES, 1) | sizes
 
 
 def mesh_shape(mesh: Mapping[str, int] | ml_collections.ConfigDict, device_count: int) -> dict[str, int]:
