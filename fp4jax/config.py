@@ -74,7 +74,9 @@ def default_config() -> ml_collections.ConfigDict:
 def _model() -> dict:
     """`name`: "qwen3", "llama", which lacks the norms of query and key heads, or "qwen3_moe", which has experts:
     `intermediate_size` is then an expert's. `dtype` is the activations' (parameters are float32), `remat` what the
-    backward recomputes, `attention` "auto", "xla" or "cudnn" (flash attention; auto takes it on NVIDIA GPUs).
+    backward recomputes, `gather_weights` when the devices that share a kernel get all of it: "step" (once, and held),
+    "layer" (where one needs it) or "auto" (once what is quantized); `attention`: "auto", "xla" or "cudnn" (flash
+    attention; auto takes it on NVIDIA GPUs).
     """
     return {
         "name": "qwen3",
@@ -91,6 +93,7 @@ def _model() -> dict:
         "init_std": 0.02,
         "dtype": "bfloat16",
         "remat": "none",
+        "gather_weights": "auto",
         "attention": "auto",
         "moe": _moe(),
     }

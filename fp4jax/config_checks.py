@@ -17,13 +17,14 @@ BACKENDS = ("auto", "xla", "pallas")
 GEMMS = ("auto", "native", "emulated")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
 ATTENTIONS = ("auto", "xla", "cudnn")
+GATHERS = ("auto", "step", "layer")
 ACTIVATION_DTYPES = ("bfloat16", "float32")
 ON_NONFINITE = ("stop", "skip", "rollback")
 
 MAY_CHANGE = (
     *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
     *("on_nonfinite", "divergence", "watchdog", "data.prefetch", "data.max_bad_fraction", "model.remat"),
-    "model.attention",
+    *("model.attention", "model.gather_weights"),
 )
 """Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
 
@@ -91,6 +92,7 @@ CHOICES = {
     "gemm": GEMMS,
     "model.remat": REMATERIALIZATIONS,
     "model.attention": ATTENTIONS,
+    "model.gather_weights": GATHERS,
     "model.dtype": ACTIVATION_DTYPES,
     "on_nonfinite": ON_NONFINITE,
 }

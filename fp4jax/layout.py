@@ -55,7 +55,7 @@ def partition_spec(names: Sequence[str | None] | None) -> PartitionSpec:
 
 
 def place(x: Array, names: Sequence[str | None], blocks: Sequence[int] | None = None) -> Array:
-    """`x` where the compiler is told to keep it; as it is without a mesh whose axes are Auto.
+    """`x` where the compiler is told to keep it; as it is without a mesh of several devices whose axes are Auto.
 
     An axis that the devices would not divide evenly stays whole on all of them.
 
@@ -64,13 +64,15 @@ def place(x: Array, names: Sequence[str | None], blocks: Sequence[int] | None = 
       blocks: of every axis, how many neighbours must stay on one device; None: any may part.
     """
     sizes = auto_axes()
+    if math.prod(sizes.values()) == 1:
+        return x
     entries = []
     for entry, size, block in zip(partition_spec(names), x.shape, blocks or [1] * x.ndim, strict=True):
         axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         axes = tuple(axis for axis in axes if axis in sizes)
         divides = size % (block * math.prod(sizes[axis] for axis in axes)) == 0
         entries.append(axes if axes and divides else None)
-    return lax.with_sharding_constraint(x, PartitionSpec(*entries)) if sizes else x
+    return lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
 def auto_axes() -> dict[str, int]:

@@ -106,6 +106,7 @@ class ExpertLinear(nnx.Module):
         shape = (c.num_layers, c.num_experts, inputs, outputs)
         value = c.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(value, out_sharding=("layers", "expert", *axes), eager_sharding=False)
+        self.axes = ("expert", *axes)
 
 
 class Experts(nnx.Module):

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from fp4jax.analysis.sensitivity.inputs import Amount, trained
-from fp4jax.config import mesh_of
 from fp4jax.models.qwen3_moe import EXPERTS, LINEARS
 from fp4jax.statistics import FORWARD_STATISTICS
 from fp4jax.training.health import health_table, make_health_step
