@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from benchmarks import ratios, records, timing
 from fp4jax.cli import Parser, output_folder, positive, run
 from fp4jax.cli import describe as describe_error
+from fp4jax.config import mesh_of
 from fp4jax.training import create_state, make_mesh, make_optimizer, model_template
 from fp4jax.training.mesh import BATCH
 from fp4jax.training.state import TrainState
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     path = output_folder(flags.out or records.default_folder()) / "step.json"
     configs = {name: configuration(flags, name) for name in flags.recipes}
     first = next(iter(configs.values()))
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(mesh_of())
     tokens = first.batch_size * first.seq_len
     sizes = {"model": flags.model, "layers": first.model.num_layers, "sequences": first.batch_size}
     sizes |= {"length": first.seq_len, "remat": first.model.remat, "repeats": flags.repeats}

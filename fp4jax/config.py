@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 
 import ml_collections
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+"""The axes that split a batch."""
+
 MOE_MODEL = "qwen3_moe"
 
 
@@ -71,7 +74,9 @@ def default_config() -> ml_collections.ConfigDict:
 def _model() -> dict:
     """`name`: "qwen3", "llama", which lacks the norms of query and key heads, or "qwen3_moe", which has experts:
     `intermediate_size` is then an expert's. `dtype` is the activations' (parameters are float32), `remat` what the
-    backward recomputes, `attention` "auto", "xla" or "cudnn" (flash attention; auto takes it on NVIDIA GPUs).
+    backward recomputes, `gather_weights` when the devices that share a kernel get all of it: "step" (once, and held),
+    "layer" (where one needs it) or "auto" (once what is quantized); `attention`: "auto", "xla" or "cudnn" (flash
+    attention; auto takes it on NVIDIA GPUs).
     """
     return {
         "name": "qwen3",
@@ -88,6 +93,7 @@ def _model() -> dict:
         "init_std": 0.02,
         "dtype": "bfloat16",
         "remat": "none",
+        "gather_weights": "auto",
         "attention": "auto",
         "moe": _moe(),
     }
@@ -143,10 +149,11 @@ def _data() -> dict:
 
 
 def _mesh() -> dict:
-    """Devices along each axis: `data` replicates the parameters, `fsdp` shards them and the batch, `tensor` splits the
-    matrices. One of them may be -1: all devices that remain.
+    """Devices along each axis: `data` replicates the parameters, `fsdp` shards them and the batch, `expert` splits the
+    experts of "qwen3_moe" (and, like `fsdp`, the batch and all other parameters), `tensor` splits the matrices. One of
+    them may be -1: all devices that remain.
     """
-    return {"data": 1, "fsdp": 1, "tensor": 1}
+    return mesh_of()
 
 
 def _checkpoint() -> dict:
@@ -241,6 +248,11 @@ def check_key(key: str, accepted: set[str]) -> None:
     close = difflib.get_close_matches(key, sorted(accepted), n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(sorted(accepted))}"
     raise ConfigError(f"unknown config key {key!r}{hint}")
+
+
+def mesh_of(**sizes: int) -> dict[str, int]:
+    """The group `mesh` with these sizes, and 1 along every axis that is not named."""
+    return dict.fromkeys(MESH_AXES, 1) | sizes
 
 
 def mesh_shape(mesh: Mapping[str, int] | ml_collections.ConfigDict, device_count: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import ml_collections
 
-from fp4jax.config import MOE_MODEL, ConfigError, check_key, default_config, flatten, mesh_shape
+from fp4jax.config import BATCH_AXES, MOE_MODEL, ConfigError, check_key, default_config, flatten, mesh_shape
 
 SEQUENCE_BLOCK = 16
 """The weight gradient's blocks run along the sequence: 16 tokens share a scale."""
@@ -17,13 +17,14 @@ BACKENDS = ("auto", "xla", "pallas")
 GEMMS = ("auto", "native", "emulated")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
 ATTENTIONS = ("auto", "xla", "cudnn")
+GATHERS = ("auto", "step", "layer")
 ACTIVATION_DTYPES = ("bfloat16", "float32")
 ON_NONFINITE = ("stop", "skip", "rollback")
 
 MAY_CHANGE = (
     *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
     *("on_nonfinite", "divergence", "watchdog", "data.prefetch", "data.max_bad_fraction", "model.remat"),
-    "model.attention",
+    *("model.attention", "model.gather_weights"),
 )
 """Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
 
@@ -91,6 +92,7 @@ CHOICES = {
     "gemm": GEMMS,
     "model.remat": REMATERIALIZATIONS,
     "model.attention": ATTENTIONS,
+    "model.gather_weights": GATHERS,
     "model.dtype": ACTIVATION_DTYPES,
     "on_nonfinite": ON_NONFINITE,
 }
@@ -159,25 +161,47 @@ def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> 
         raise ConfigError(
             "backend='pallas' runs on one device: XLA would gather the operands of its kernel; use backend='xla'"
         )
+    _check_experts(config.model, sizes["expert"])
     rows = config.batch_size // config.microbatches
-    shards = sizes["data"] * sizes["fsdp"]
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     if rows % shards:
         microbatches = f" / microbatches={config.microbatches}" if config.microbatches > 1 else ""
         multiple = math.ceil(rows / shards) * shards * config.microbatches
+        split = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in BATCH_AXES)
         raise ConfigError(
-            f"batch_size={config.batch_size}{microbatches} gives {rows} sequences for "
-            f"mesh.data={sizes['data']} x mesh.fsdp={sizes['fsdp']}; use batch_size={multiple} or a smaller mesh"
+            f"batch_size={config.batch_size}{microbatches} gives {rows} sequences for {split}; "
+            f"use batch_size={multiple} or a smaller mesh"
         )
-    model = config.model
-    needs = [("hidden_size", "fsdp")] + [
-        (size, "tensor") for size in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
-    ]
-    for size, axis in needs:
-        if model[size] % sizes[axis]:
+    for size in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+        _check_divides(config.model, size, sizes, ("tensor",))
+    _check_divides(config.model, "hidden_size", sizes, ("fsdp", "expert"))
+
+
+def _check_divides(model: ml_collections.ConfigDict, size: str, sizes: Mapping[str, int], axes: Sequence[str]) -> None:
+    """Whether devices along all `axes` can split that size; names the first that is too many."""
+    rest, splitting = model[size], []
+    for axis in axes:
+        splitting += [f"mesh.{axis}={sizes[axis]}"] if sizes[axis] > 1 else []
+        if rest % sizes[axis]:
             raise ConfigError(
-                f"model.{size}={model[size]} is not divisible by mesh.{axis}={sizes[axis]}; "
-                f"use mesh.{axis}={math.gcd(model[size], sizes[axis])}"
+                f"model.{size}={model[size]} is not divisible by {' x '.join(splitting)}; "
+                f"use mesh.{axis}={math.gcd(rest, sizes[axis])}"
             )
+        rest //= sizes[axis]
+
+
+def _check_experts(model: ml_collections.ConfigDict, devices: int) -> None:
+    if devices == 1:
+        return
+    if model.name != MOE_MODEL:
+        raise ConfigError(
+            f"mesh.expert={devices} is for experts, which model.name={model.name!r} does not have; use mesh.expert=1"
+        )
+    if model.moe.num_experts % devices:
+        raise ConfigError(
+            f"model.moe.num_experts={model.moe.num_experts} is not divisible by mesh.expert={devices}; "
+            f"use mesh.expert={math.gcd(model.moe.num_experts, devices)}"
+        )
 
 
 def config_differences(

@@ -26,6 +26,7 @@ LEVELS = {
     "fp4jax.hardware": LEAF,
     "fp4jax.config": LEAF,
     "fp4jax.config_checks": LEAF,
+    "fp4jax.layout": LEAF,
     "configs": LEAF,
     "fp4jax.numerics": 0,
     "fp4jax.recipe_types": 1,
@@ -81,6 +82,7 @@ ONLY_IMPORTS = {
     "fp4jax.distributed": set(),
     "fp4jax.config": {"fp4jax.config"},
     "fp4jax.config_checks": {"fp4jax.config", "fp4jax.config_checks"},
+    "fp4jax.layout": {"fp4jax.config", "fp4jax.layout"},
     "configs": {"configs", "fp4jax.config"},
     "pallas_kernels": {"pallas_kernels", "fp4jax.numerics"},
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4jax.config import ConfigError, check_overrides, default_config, flatten, mesh_shape
+from fp4jax.config import ConfigError, check_overrides, default_config, flatten, mesh_of, mesh_shape
 from fp4jax.config_checks import validate
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -17,6 +17,9 @@ def set_key(config, key, value):
         config = config[group]
     with config.unlocked():
         config[name] = value
+
+
+MOE = {"model__name": "qwen3_moe"}
 
 
 def config_with(**overrides):
@@ -102,12 +105,16 @@ def test_missing_key_is_named():
 @pytest.mark.parametrize(
     ("overrides", "devices", "message"),
     [
-        ({"mesh__data": 3}, 2, "mesh data=3, fsdp=1, tensor=1 needs 3 devices and there are 2; set mesh.data=2"),
+        (
+            {"mesh__data": 3},
+            2,
+            "tensor=1 needs 3 devices and there are 2; set mesh.data=2",
+        ),
         ({"mesh__fsdp": 4, "mesh__tensor": 4}, 8, "needs 16 devices and there are 8; set mesh.fsdp=2 or less"),
         ({"mesh__data": -1, "mesh__tensor": 3}, 8, "8 devices cannot be divided by 3; set mesh.tensor=1"),
         ({"mesh__data": -1, "mesh__fsdp": -1}, 8, "only one axis may be -1; set mesh.fsdp"),
         ({"mesh__data": 0}, 8, "mesh.data=0: a mesh axis is at least 1"),
-        ({"mesh__data": 4, "batch_size": 6}, 8, "gives 6 sequences for mesh.data=4 x mesh.fsdp=1; use batch_size=8"),
+        ({"mesh__data": 4, "batch_size": 6}, 8, "x mesh.fsdp=1 x mesh.expert=1; use batch_size=8"),
         ({"mesh__data": 4, "microbatches": 4}, 8, "batch_size=8 / microbatches=4 gives 2 sequences"),
         ({"mesh__data": 4, "backend": "pallas"}, 8, "runs on one device"),
         ({"mesh__tensor": 4}, 8, "model.num_kv_heads=2 is not divisible by mesh.tensor=4; use mesh.tensor=2"),
@@ -115,6 +122,14 @@ def test_missing_key_is_named():
         ({"mesh__tensor": 2, "model__intermediate_size": 63}, 8, "model.intermediate_size=63"),
         ({"mesh__tensor": 2, "model__vocab_size": 4097}, 8, "model.vocab_size=4097"),
         ({"mesh__fsdp": 2, "model__hidden_size": 255}, 8, "model.hidden_size=255 is not divisible by mesh.fsdp=2"),
+        ({"mesh__expert": 2}, 8, "mesh.expert=2 is for experts, which model.name='qwen3' does not have"),
+        (MOE | {"mesh__expert": 4, "model__moe__num_experts": 6}, 8, "divisible by mesh.expert=4; use mesh.expert=2"),
+        (
+            MOE | {"mesh__fsdp": 2, "mesh__expert": 4, "model__hidden_size": 252},
+            8,
+            "x mesh.expert=4; use mesh.expert=2",
+        ),
+        (MOE | {"mesh__expert": 4, "batch_size": 6}, 8, "mesh.fsdp=1 x mesh.expert=4; use batch_size=8 or a smaller"),
     ],
 )
 def test_mesh_that_does_not_fit(overrides, devices, message):
@@ -135,8 +150,9 @@ def test_advice_of_the_batch_error_is_accepted():
     [((1, 1, 1), 8, (1, 1, 1)), ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 2, -1), 2, (1, 2, 1))],
 )
 def test_mesh_shape(mesh, devices, expected):
-    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
-    assert tuple(mesh_shape(sizes, devices).values()) == expected
+    axes = ("data", "fsdp", "tensor")
+    sizes = mesh_of(**dict(zip(axes, mesh, strict=True)))
+    assert mesh_shape(sizes, devices) == mesh_of(**dict(zip(axes, expected, strict=True)))
 
 
 def test_overrides_are_checked_before_they_are_parsed():

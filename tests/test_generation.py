@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fp4jax.config import mesh_of
 from fp4jax.evaluation.likelihood import Scorer
 from fp4jax.generation import CHUNK, GREEDY, Generator, Sampling, bucket, next_token
 from fp4jax.models.frozen import FrozenModel
@@ -72,7 +73,7 @@ def test_experts_take_no_padding():
     together = generate(PROMPTS, COUNT)
     assert together == [generate([prompt], COUNT)[0] for prompt in PROMPTS]
     assert len(set(map(tuple, together))) == 3
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = make_mesh(mesh_of(), jax.devices()[:1])
     found = Scorer(frozen, mesh, batch_size=4, max_length=64)(list(zip(PROMPTS, together, strict=True)))
     assert all(greedy and total < 0 for total, greedy in found)
 
@@ -88,7 +89,7 @@ def test_a_sequence_ends_at_its_end_of_text_and_the_others_go_on():
 
 @pytest.mark.slow
 def test_a_batch_may_be_split_over_devices():
-    mesh = make_mesh({"data": 4, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(mesh_of(data=4))
     generate = Generator(frozen(), NO_END, mesh=mesh, batch_size=4)
     assert generate(PROMPTS, COUNT) == expected()
     cache = generate.prefill(PROMPTS, COUNT).cache

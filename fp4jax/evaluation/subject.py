@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from fp4jax import models
 from fp4jax import policy as policies
+from fp4jax.config import mesh_of
 from fp4jax.data.tokenizers import Tokenizer
 from fp4jax.models.frozen import FrozenModel
 from fp4jax.models.saved_run import run_tokenizer
@@ -90,7 +91,7 @@ def _pretrained(name: str, recipe: str, policy: str, batch_size: int, max_length
     paths = loaded.config.linear_paths
     chosen = policies.policy(policy, recipe, paths)
     about = {"model": name} | _about(recipe, chosen.assign(paths), loaded.config.dtype)
-    mesh = make_mesh({"data": math.gcd(batch_size, jax.device_count()), "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(mesh_of(data=math.gcd(batch_size, jax.device_count())))
     graphdef, state = nnx.split(loaded.model(policy=chosen))
     frozen = FrozenModel(nnx.merge(graphdef, jax.device_put(state, replicated(mesh))), seed)
     own = loaded.origin.config_json.get("max_position_embeddings", PRETRAINED_MAX_LENGTH)

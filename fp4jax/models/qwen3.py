@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
+from fp4jax.models import wire
 from fp4jax.models.cache import CachedAttention
 from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate, swiglu
 from fp4jax.policy import Policy
@@ -45,6 +46,8 @@ class Qwen3Config:
       dtype: of activations and of high-precision products; parameters are float32.
       remat: what the backward recomputes: "none", "full" (everything but a block's input) or "linear_inputs"
         (everything but the prepared inputs of the linear layers).
+      gather_weights: when the devices that share a kernel get all of it: "step" (once, quantized if it is to be, and
+        held), "layer" (where a layer needs it) or "auto" (`wire.once_a_step`).
       attention: how attention is computed: "auto", "xla" or "cudnn" (`layers.causal_attention`).
       qk_norm: whether query and key heads are normalized; the architecture's, not to be chosen.
       linears: the linear layers of a block; the architecture's too.
@@ -66,6 +69,7 @@ class Qwen3Config:
     init_std: float = 0.02
     dtype: str = "bfloat16"
     remat: str = "none"
+    gather_weights: str = "auto"
     attention: str = "auto"
 
     def __post_init__(self):
@@ -73,6 +77,8 @@ class Qwen3Config:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.gather_weights not in wire.GATHERS:
+            raise ValueError(f"gather_weights must be {', '.join(wire.GATHERS)}, got {self.gather_weights!r}")
         if self.remat not in ("none", *_CHECKPOINT_POLICIES):
             raise ValueError(f"remat must be none, {' or '.join(_CHECKPOINT_POLICIES)}, got {self.remat!r}")
 
@@ -102,6 +108,7 @@ class Linear(nnx.Module):
     def __init__(self, layers: int, inputs: int, outputs: int, axes: tuple[str, str], std: float, rngs: nnx.Rngs):
         value = std * jax.random.normal(rngs.params(), (layers, inputs, outputs), jnp.float32)
         self.kernel = nnx.Param(value, out_sharding=("layers", *axes), eager_sharding=False)
+        self.axes = axes
 
 
 class Attention(nnx.Module):
@@ -143,6 +150,10 @@ class Block(nnx.Module):
     def kernel(self, linear: str) -> Float32[Array, "..."]:
         """The kernel of one of the config's `linears`."""
         return functools.reduce(getattr, linear.split("."), self).kernel[...]
+
+    def kernel_axes(self, linear: str) -> tuple[str | None, ...]:
+        """The names of the axes of one layer's kernel."""
+        return functools.reduce(getattr, linear.split("."), self).axes
 
     def __call__(
         self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None,
@@ -309,6 +320,8 @@ class Qwen3(nnx.Module):
         def one_layer(carry, per_layer):
             x_BxTxD, cache = carry
             state, weights, index, probes = per_layer
+            if weights is not None:
+                weights = {name: wire.gathered(found, self.layers.kernel_axes(name)) for name, found in weights.items()}
             own = None if probes is None else Monitor(probes)
             of_layer = attend if cached is None else cached.layer(cache, index)
             x_BxTxD = nnx.merge(graphdef, state)(
@@ -340,11 +353,14 @@ class Qwen3(nnx.Module):
             prepared = {}
             for index, (name, recipe) in enumerate(zip(linears, products.recipes, strict=True)):
                 high_precision = recipe.fprop.is_high_precision
+                axes = self.layers.kernel_axes(name)
                 kernel = kernels[name].astype(self.config.dtype) if high_precision else kernels[name]
-                layer_key = _fold(_fold(key, layer), index)
-                prepared[name] = prepare(
-                    kernel, recipe, "rhs", layer_key, batch_dims=kernel.ndim - 2, backend=products.backend
-                )
+                ours = prepare(
+                    wire.whole_blocks(kernel, axes), recipe, "rhs", _fold(_fold(key, layer), index),
+                    batch_dims=kernel.ndim - 2, backend=products.backend,
+                )  # fmt: skip
+                at_once = wire.once_a_step(self.config.gather_weights, high_precision)
+                prepared[name] = wire.gathered(ours, axes) if at_once else wire.split(ours, axes)
             return prepared
 
         # One layer at a time: quantizing all at once would hold float32 temporaries of the whole model.

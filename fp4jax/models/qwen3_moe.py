@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from fp4jax.layout import place
 from fp4jax.models.layers import swiglu
 from fp4jax.models.qwen3 import LINEARS as DENSE_LINEARS
 from fp4jax.models.qwen3 import Block, Qwen3, Qwen3Config
@@ -105,6 +106,7 @@ class ExpertLinear(nnx.Module):
         shape = (c.num_layers, c.num_experts, inputs, outputs)
         value = c.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(value, out_sharding=("layers", "expert", *axes), eager_sharding=False)
+        self.axes = ("expert", *axes)
 
 
 class Experts(nnx.Module):
@@ -140,9 +142,15 @@ class MoEBlock(Block):
         if monitor is not None:
             monitor.routing = routing_sums(choices, slots)
         linears = functools.partial(linears, row_mask=slots.row_mask)
-        gate_ExCxF, up_ExCxF = linears(EXPERTS[:2], dispatch(x_SxD, slots))
-        y_ExCxD = linears(EXPERTS[2:], swiglu(gate_ExCxF, up_ExCxF))[0]
-        return combine(y_ExCxD, choices.weights, slots).astype(x_BxTxD.dtype).reshape(x_BxTxD.shape)
+        gate_ExCxF, up_ExCxF = linears(EXPERTS[:2], _at_experts(dispatch(x_SxD, slots)))
+        y_ExCxD = _at_experts(linears(EXPERTS[2:], swiglu(gate_ExCxF, up_ExCxF))[0])
+        y_SxD = place(combine(y_ExCxD, choices.weights, slots), ("batch", None))
+        return y_SxD.astype(x_BxTxD.dtype).reshape(x_BxTxD.shape)
+
+
+def _at_experts(rows_ExCxD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
+    """Every expert's rows where its kernels are; the devices that share an expert share its slots, in whole blocks."""
+    return place(rows_ExCxD, ("expert", "slots", None), (1, _TOKENS_OF_A_BLOCK, 1))
 
 
 class Qwen3MoE(Qwen3):

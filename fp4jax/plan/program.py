@@ -112,6 +112,23 @@ class Executions:
             counted.update(count=times, bytes=times * max(given, size))
         return {kind: dict(found[kind]) for kind in COLLECTIVES if kind in found}
 
+    def gathers(self) -> dict[str, dict[str, int]]:
+        """{"u8[512,3072]": {"count": executions, "bytes": of all of them}}: every kind of array that all-gathers make.
+
+        The share of the all-gathers in `collectives`, an array at a time where several travel in one.
+        """
+        found: dict[str, collections.Counter] = {}
+        for instruction, times in self:
+            if instruction.opcode.removesuffix("-start") != "all-gather":
+                continue
+            arrays = [f"{dtype}[{shape}]" for dtype, shape in _ARRAY.findall(instruction.type)]
+            given = len(instruction.operands)
+            if len(arrays) == 2 * given:  # what goes in, then what comes out
+                arrays = arrays[given:]
+            for array in arrays:
+                found.setdefault(array, collections.Counter()).update(count=times, bytes=times * size_in_bytes(array))
+        return {array: dict(found[array]) for array in sorted(found)}
+
     def bytes_accessed(self) -> int:
         """What all instructions together read and write in memory; a fusion reads its operands and writes its result.
 

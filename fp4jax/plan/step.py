@@ -10,13 +10,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
 
-from fp4jax import cli
+from fp4jax import cli, models
 from fp4jax.config import config_from
 from fp4jax.config_checks import validate
 from fp4jax.dot import implementation
@@ -25,6 +25,7 @@ from fp4jax.plan.program import Executions
 from fp4jax.reporting import Precision, Report, Row, of_program
 from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.training.mesh import make_mesh
+from fp4jax.training.state import model_template
 from fp4jax.training.step import abstract_train_step
 
 
@@ -73,6 +74,8 @@ def plan(config: ml_collections.ConfigDict, target: targets.Target, dump: Path |
         "bytes_accessed": executions.bytes_accessed(),
         "unknown_loops": executions.unknown_loops,
         "collectives": executions.collectives(),
+        "gathers": executions.gathers(),
+        "weight_gathers": weight_gathers(executions.gathers(), kernel_shapes(config), mesh.shape["tensor"]),
         "gemms": _gemms(report.rows),
         "corrections": _by_execution(row for row in report.apart if row.execution and row.recipe),
         "high_precision": sum(row.count for row in report.rows if row.precision is not Precision.FP4),
@@ -80,6 +83,29 @@ def plan(config: ml_collections.ConfigDict, target: targets.Target, dump: Path |
         "custom_calls": dict(executions.custom_calls()),
         "kernels": [dataclasses.asdict(kernel) for kernel in kernels.read(dump)] if dump else [],
     }
+
+
+def kernel_shapes(config: ml_collections.ConfigDict) -> set[tuple[int, int]]:
+    """(inputs, outputs) of every linear layer that policies give a recipe."""
+    shapes = {name: leaf.shape for name, leaf in model_template(config).abstract.items()}
+    linears = {path.split(".", 2)[2] for path in models.linear_recipes(config)}
+    return {shapes[f"layers.{linear}.kernel"][-2:] for linear in linears}
+
+
+def weight_gathers(gathers: Mapping[str, Mapping[str, int]], kernels: set[tuple[int, int]], tensor: int) -> int:
+    """Bytes of the gathers that make such a kernel, or its part along `tensor`: in any dtype, packed, or its scales.
+
+    Told by their shapes, as a compiled program knows no names.
+    """
+    parts = {(k // a, n // b) for k, n in kernels for a, b in ((1, 1), (tensor, 1), (1, tensor))}
+    packed = {(k // a, n // b) for k, n in parts for a, b in ((1, 1), (2, 1), (1, 2), (16, 1), (1, 16))}
+    total = 0
+    for array, found in gathers.items():
+        dtype, shape = array.removesuffix("]").split("[")
+        pair = tuple(int(size) for size in shape.split(",") if size not in ("", "1"))[-2:]
+        among = packed if dtype == "u8" else parts
+        total += found["bytes"] if pair in among or pair[::-1] in among else 0
+    return total
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32
 
 from fp4jax import distributed
+from fp4jax.layout import BATCH
 from fp4jax.statistics import FORWARD_STATISTICS, GRADIENT_STATISTICS
-from fp4jax.training.mesh import BATCH, replicated
+from fp4jax.training.mesh import replicated
 from fp4jax.training.state import ModelTemplate, Parameters, TrainState, model_template, on_mesh
 from fp4jax.training.step import Batch, KeyData, Seeded, loss_and_gradients, training_key
 

@@ -1,12 +1,14 @@
 """Which rows of a batch a process reads: those of its own devices."""
 
+import math
+
 import jax
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from fp4jax.config import ConfigError
+from fp4jax.config import BATCH_AXES, ConfigError
 from fp4jax.data.pipeline import Dataset, open_dataset
-from fp4jax.training.mesh import BATCH
+from fp4jax.layout import BATCH
 
 
 def open_share(config: ml_collections.ConfigDict, split: str, mesh: Mesh) -> Dataset:
@@ -31,7 +33,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
       ConfigError: a process has no device in the mesh, or rows that are no such block.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     owners = {device.process_index for device in mesh.devices.flat}
     if len(owners) < jax.process_count():
         raise ConfigError(

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from fp4jax import distributed, models
+from fp4jax.layout import partition_spec
 from fp4jax.training.initial_weights import pretrained_parameters
-from fp4jax.training.mesh import partition_spec, replicated
+from fp4jax.training.mesh import replicated
 
 Parameters = dict[str, Float32[Array, "..."]]
 """The model's parameters by dotted path ("layers.attention.query"): float32, the master weights."""
@@ -49,7 +50,7 @@ class ModelTemplate:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, [params[name] for name in self.names]))
 
     def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-        """Where each parameter lives, by the table of `fp4jax.training.mesh`."""
+        """Where each parameter lives, by the table of `fp4jax.layout`."""
         return {name: NamedSharding(mesh, partition_spec(axes)) for name, axes in self.logical_axes.items()}
 
 

@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, PyTree, UInt32
 
 from fp4jax import distributed, models
+from fp4jax.layout import BATCH
 from fp4jax.statistics import Monitor
 from fp4jax.training.divergence import finite_or_former
-from fp4jax.training.mesh import BATCH, replicated
+from fp4jax.training.mesh import replicated
 from fp4jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fp4jax.training.state import (
     ModelTemplate,

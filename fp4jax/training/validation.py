@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from fp4jax import distributed, models
 from fp4jax.checkpoint import Checkpointer, CheckpointError, StorageError, saved_config
-from fp4jax.config import config_from
+from fp4jax.config import config_from, mesh_of
 from fp4jax.config_checks import validate
 from fp4jax.evaluation import EvaluationResult, evaluate
 from fp4jax.models.saved_run import run_tokenizer
@@ -150,7 +150,7 @@ def _evaluation_config(
     # The mesh that the run was trained on may not be here.
     config.batch_size = config.batch_size // config.microbatches if batch_size is None else batch_size
     config.microbatches = 1
-    config.mesh = {"data": math.gcd(config.batch_size, jax.device_count()), "fsdp": 1, "tensor": 1}
+    config.mesh = mesh_of(data=math.gcd(config.batch_size, jax.device_count()))
     validate(config, jax.device_count())
     return config
 

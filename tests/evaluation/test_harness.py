@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fp4jax import models
+from fp4jax.config import mesh_of
 from fp4jax.evaluation.likelihood import Scorer
 from fp4jax.evaluation.subject import open_subject
 from fp4jax.evaluation.task_data import open_task
@@ -121,7 +122,7 @@ def test_200_requests_of_smollm2_are_those_of_transformers():
         ids = encode(context + continuation)
         pairs.append((ids[:start], ids[start:]))
     assert [[len(part) for part in pair] for pair in pairs] == data["tokens"].tolist()
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(mesh_of())
     found = Scorer(FrozenModel(loaded.model()), mesh, batch_size=8, max_length=2048)(pairs)
     log_likelihoods = np.array([likelihood.log_likelihood for likelihood in found])
     np.testing.assert_allclose(log_likelihoods, data["log_likelihoods"], atol=1e-3)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fp4jax.config import mesh_of
 from fp4jax.evaluation.likelihood import Scorer
 from fp4jax.models.frozen import FrozenModel
 from fp4jax.models.llama import Llama, LlamaConfig
@@ -24,7 +25,7 @@ CONFIG = LlamaConfig(
 
 @functools.cache
 def frozen(devices=1, recipe="bf16"):
-    mesh = make_mesh({"data": devices, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(mesh_of(data=devices))
     chosen = policy("all_linear", recipe, CONFIG.linear_paths)
     graphdef, state = nnx.split(Llama(CONFIG, policy=chosen, rngs=nnx.Rngs(0)))
     return FrozenModel(nnx.merge(graphdef, jax.device_put(state, replicated(mesh)))), mesh

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from fp4jax.plan.program import Executions, size_in_bytes
+from fp4jax.plan.step import weight_gathers
 from fp4jax.reporting.optimized_hlo import Program
 
 
@@ -79,6 +80,28 @@ ENTRY %main (x: f32[4,256]) -> f32[4,256] {
   ROOT %done = f32[4,256]{1,0} all-reduce-done(%reduced)
 }
 """.replace("<<KNOWN>>", KNOWN)
+
+
+def test_gathers_are_told_apart_by_what_they_make():
+    assert Executions(Program(SHARDED)).gathers() == {"f32[1024]": {"count": 4, "bytes": 4 * 4096}}
+    two = SHARDED.replace("%gather = (f32[256]{0}, f32[1024]{0}) all-gather-start(%one)",
+        "%gather = ((f32[256]{0}, u8[64,2]{1,0}), (f32[1024]{0}, u8[256,2]{1,0})) all-gather-start(%one, %codes)"
+    ).replace("%one = f32", "%codes = u8[64,2]{1,0} constant({...})\n  %one = f32")  # fmt: skip
+    assert Executions(Program(two)).gathers() == {
+        "f32[1024]": {"count": 4, "bytes": 4 * 4096}, "u8[256,2]": {"count": 4, "bytes": 4 * 512},
+    }  # fmt: skip
+
+
+def test_gathered_weights_are_told_by_their_shapes():
+    """Whole or split along `tensor`, precise or in codes and scales; activations are none."""
+    kernels = {(128, 256)}
+    gathers = {
+        "bf16[128,256]": 1, "u8[64,256]": 2, "u8[8,256]": 4, "u8[128,16]": 8, "f32[1,128,128]": 16, "bf16[256,128]": 32,
+        "bf16[16,512,128]": 64, "f32[128]": 128, "u8[4,64,256]": 256,
+    }  # fmt: skip
+    found = {array: {"count": 1, "bytes": size} for array, size in gathers.items()}
+    assert weight_gathers(found, kernels, tensor=1) == 1 + 2 + 4 + 8 + 32 + 256
+    assert weight_gathers(found, kernels, tensor=2) == 1 + 2 + 4 + 8 + 16 + 32 + 256
 
 
 def test_collectives_are_multiplied_by_the_loops_around_them():

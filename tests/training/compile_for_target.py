@@ -13,7 +13,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from fp4jax.config import default_config
+from fp4jax.config import default_config, mesh_of
 from fp4jax.plan import targets
 from fp4jax.recipes import list_recipes
 from fp4jax.reporting.optimized_hlo import Program
@@ -44,7 +44,7 @@ def tiny_config(recipe: str) -> ml_collections.ConfigDict:
 def target_mesh(target: targets.Target) -> Mesh:
     """All devices of a TPU topology, as data × fsdp; or one GPU."""
     devices = target.devices()
-    return make_mesh({"data": 1 if target.is_gpu else 2, "fsdp": -1, "tensor": 1}, devices)
+    return make_mesh(mesh_of(data=1 if target.is_gpu else 2, fsdp=-1), devices)
 
 
 def optimized_step(recipe: str, mesh: Mesh) -> str:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fp4jax import distributed
-from fp4jax.config import MESH_AXES, ConfigError
+from fp4jax.config import MESH_AXES, ConfigError, mesh_of
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.preemption import Agreement, StopRequest
 from fp4jax.training.shares import batch_share
@@ -33,8 +33,8 @@ def rows_put_on(mesh: jax.sharding.Mesh) -> list[list[int]]:
 
 def main(address: str, index: int) -> None:
     distributed.start(address, 2, index)
-    mesh = make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
-    tensor_mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 8})
+    mesh = make_mesh(mesh_of(data=2, fsdp=4))
+    tensor_mesh = make_mesh(mesh_of(tensor=8))
     request = StopRequest()
     agreement = Agreement(request, mesh)
     stops = [agreement()]
@@ -42,10 +42,10 @@ def main(address: str, index: int) -> None:
         request.received(signal.SIGTERM)
     stops += [agreement() for _ in range(3)]
     # As a topology may have it: the blocks in another order than the processes, and the devices of each in another.
-    turned_mesh = jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 4, 1), MESH_AXES)
-    dealt_out = np.array(jax.devices()).reshape(2, 4).T.reshape(8, 1, 1)
+    turned_mesh = jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 4, 1, 1), MESH_AXES)
+    dealt_out = np.array(jax.devices()).reshape(2, 4).T.reshape(8, 1, 1, 1)
     refused = [
-        refusal_of(make_mesh({"data": 4, "fsdp": 1, "tensor": 1})),
+        refusal_of(make_mesh(mesh_of(data=4))),
         refusal_of(jax.sharding.Mesh(dealt_out, MESH_AXES)),
     ]
     print(json.dumps({

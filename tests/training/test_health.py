@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from fp4jax.config import mesh_of
 from fp4jax.models.qwen3 import LINEARS
 from fp4jax.statistics import FORWARD_STATISTICS, GRADIENT_STATISTICS, SCOPE
 from fp4jax.training.health import (
@@ -29,7 +30,7 @@ from tests.training.test_loop import run as run_training
 
 pytestmark = pytest.mark.standard_promotion
 
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+ONE = mesh_of()
 
 
 def prepared(config, shape=None):
@@ -171,7 +172,7 @@ def test_high_precision_is_exact_and_adds_up_over_microbatches_and_meshes(config
     assert table["residual_energy/fprop.x/mlp.up_proj"] == [1.0, 1.0]
 
     config.microbatches = 2
-    split, _ = measure(config, batch, {"data": 2, "fsdp": 2, "tensor": 2})
+    split, _ = measure(config, batch, mesh_of(data=2, fsdp=2, tensor=2))
     for name in LINEARS:
         one, two = (columns(s.forward[name], FORWARD_STATISTICS) for s in (sums, split))
         np.testing.assert_allclose(two["wgrad.x.energy"], one["wgrad.x.energy"], rtol=1e-4)

@@ -1,37 +1,26 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
-from fp4jax.config import ConfigError
-from fp4jax.training.mesh import make_mesh, partition_spec, put_batch
+from fp4jax.config import ConfigError, mesh_of
+from fp4jax.training.mesh import make_mesh, put_batch
 
 
 def test_axes_are_auto():
-    mesh = make_mesh({"data": 2, "fsdp": -1, "tensor": 2})
-    assert dict(mesh.shape) == {"data": 2, "fsdp": jax.device_count() // 4, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    mesh = make_mesh(mesh_of(data=2, fsdp=-1, tensor=2))
+    assert dict(mesh.shape) == mesh_of(data=2, fsdp=jax.device_count() // 4, tensor=2)
+    assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
 def test_a_mesh_may_leave_devices_idle_but_not_ask_for_more():
-    assert make_mesh({"data": 1, "fsdp": 1, "tensor": 1}).size == 1
+    assert make_mesh(mesh_of()).size == 1
     with pytest.raises(ConfigError, match=r"set mesh.data"):
-        make_mesh({"data": jax.device_count() + 1, "fsdp": 1, "tensor": 1})
-
-
-def test_partition_specs():
-    assert partition_spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
-    assert partition_spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
-    assert partition_spec(("heads", "embed")) == PartitionSpec("tensor", "fsdp")
-    assert partition_spec(("embed", "embed")) == PartitionSpec("fsdp", None)
-    assert partition_spec((None, None)) == PartitionSpec(None, None)
-    assert partition_spec(None) == PartitionSpec()
-    with pytest.raises(ValueError, match="unknown parameter axis 'hidden'; accepted: embed"):
-        partition_spec(("hidden",))
+        make_mesh(mesh_of(data=jax.device_count() + 1))
 
 
 def test_batches_are_split_along_their_sequences():
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh(mesh_of(data=2, fsdp=2, tensor=2))
     rows = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
     array = put_batch({"tokens": rows}, mesh)["tokens"]
     np.testing.assert_array_equal(array, rows)

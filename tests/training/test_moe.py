@@ -74,14 +74,38 @@ def test_router_is_trained_to_balance_and_the_loss_stays_that_of_the_tokens(moe_
     assert routing["dropped"].sum() >= 0.25 * 2 * tokens  # three quarters of the room that all would need
     assert 2 * 1.9 < routing["load_balancing_loss"] < 2 * 4
 
-    # On eight devices nothing changes but the order of additions.
-    moe_config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 4, "tensor": 2}],
+    ids=str,
+)
+def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config, batch, mesh):
+    loss, gradients, routing = differentiated(moe_config, batch)
+    moe_config.mesh.update(mesh)
     mesh_loss, on_mesh, mesh_routing = differentiated(moe_config, batch)
-    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-6)
     for name, value in routing.items():
         np.testing.assert_allclose(mesh_routing[name], value, rtol=1e-5, err_msg=name)
-    for name, value in with_it.items():
+    for name, value in gradients.items():
         assert np.linalg.norm(on_mesh[name] - value) <= 1e-4 * np.linalg.norm(value), name
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_split_of_its_experts(moe_config, tmp_path, monkeypatch):
+    """Two steps with experts on four devices, two more with them on two, from the checkpoint: one device's losses."""
+    run_training(moe_config, tmp_path / "one")
+    moe_config.mesh.expert = 4
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            run_training(moe_config, tmp_path / "split")
+    moe_config.mesh.update({"fsdp": 2, "expert": 2, "tensor": 2})
+    assert "after step 2" in run_training(moe_config, tmp_path / "split")
+    one, split = ([line["loss"] for line in read_metrics(tmp_path / name)] for name in ("one", "split"))
+    assert len(one) == 4
+    np.testing.assert_allclose(split, one, rtol=1e-5)
 
 
 @pytest.mark.slow

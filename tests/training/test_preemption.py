@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from fp4jax.config import mesh_of
 from fp4jax.training import preemption
 from fp4jax.training.mesh import make_mesh
 from fp4jax.training.preemption import Agreement, Preempted, StopRequest, listening
@@ -33,7 +34,7 @@ def test_first_signal_is_a_request_and_handlers_are_put_back(signum, capfd):
 
 def test_an_agreement_is_about_the_step_before(capfd):
     request = StopRequest()
-    agreement = Agreement(request, make_mesh({"data": 4, "fsdp": 2, "tensor": 1}))
+    agreement = Agreement(request, make_mesh(mesh_of(data=4, fsdp=2)))
     assert agreement() is None and agreement() is None
     request.received(signal.SIGINT)
     assert agreement() is None

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from fp4jax import models
+from fp4jax.config import mesh_of
 from fp4jax.training.mesh import make_mesh
 from fp4jax.training.optimizer import make_optimizer
 from fp4jax.training.state import create_state, model_template, state_shardings
@@ -16,7 +17,7 @@ def test_template_gives_the_model_back(config):
     model = models.build(config, nnx.Rngs(jax.random.key(config.seed)))
     template = model_template(config)
     optimizer = make_optimizer(config, template.logical_axes)
-    state = create_state(config, template, optimizer, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    state = create_state(config, template, optimizer, make_mesh(mesh_of()))
     merged = template.merge(state.params)
     expected = nnx.to_flat_state(nnx.state(model, nnx.Param))
     found = dict(nnx.to_flat_state(nnx.state(merged, nnx.Param)))
@@ -27,7 +28,7 @@ def test_template_gives_the_model_back(config):
 
 
 def test_every_array_is_created_in_its_shards(config):
-    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    mesh = make_mesh(mesh_of(fsdp=4, tensor=2))
     template = model_template(config)
     optimizer = make_optimizer(config, template.logical_axes)
     state = create_state(config, template, optimizer, mesh)
@@ -46,7 +47,7 @@ def test_every_array_is_created_in_its_shards(config):
 def test_parameters_do_not_depend_on_the_mesh(config):
     template = model_template(config)
     optimizer = make_optimizer(config, template.logical_axes)
-    shapes = ({"data": 1, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2})
+    shapes = (mesh_of(), mesh_of(data=2, fsdp=2, tensor=2))
     one, eight = (create_state(config, template, optimizer, make_mesh(shape)).params for shape in shapes)
     jax.tree.map(np.testing.assert_array_equal, one, eight)
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fp4jax.config import mesh_of
 from fp4jax.training.health import make_health_step
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -11,7 +12,7 @@ from fp4jax.training.step import loss_and_gradients, make_loss_step, make_train_
 
 pytestmark = pytest.mark.standard_promotion
 
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+ONE = mesh_of()
 
 
 def prepared(config, shape=None):
@@ -107,14 +108,14 @@ def test_meshes_and_microbatches_equal_one_device(config, batch):
     expected = run_steps(config, batch, 3)
     for shape, microbatches in (((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2)):
         config.microbatches = microbatches
-        found = run_steps(config, batch, 3, dict(zip(ONE, shape, strict=True)))
+        found = run_steps(config, batch, 3, mesh_of(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
         for one, eight in zip(expected, found, strict=True):
             np.testing.assert_allclose(eight["loss"], one["loss"], rtol=1e-5, err_msg=str(shape))
             np.testing.assert_allclose(eight["grad_norm"], one["grad_norm"], rtol=1e-4, err_msg=str(shape))
 
 
 def test_split_batch_takes_every_row_once():
-    mesh = make_mesh({"data": 4, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(mesh_of(data=4))
     rows = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
     parts = jax.jit(lambda batch: split_batch(batch, 2, mesh))(put_batch({"tokens": rows}, mesh))["tokens"]
     np.testing.assert_array_equal(parts, np.stack([rows[0::2], rows[1::2]]))

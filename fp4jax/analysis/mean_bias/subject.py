@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from fp4jax.checkpoint import Checkpointer, CheckpointError, saved_config
-from fp4jax.config import default_config
+from fp4jax.config import default_config, mesh_of
 from fp4jax.data.errors import DataError
 from fp4jax.data.held_out import held_out_text
 from fp4jax.data.pipeline import open_dataset
@@ -63,7 +63,7 @@ def checkpoints(workdir: Path, tokens: int, seq_len: int | None) -> Iterator[Sub
     config = default_config()
     config.update(found[1])
     config.policy, config.schedule, config.recipe, config.model.dtype = "all_linear", "", "bf16", "float32"
-    config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    config.mesh = mesh_of()
     config.seq_len = seq_len or config.seq_len
     chunks = _validation(config, tokens)
     template = model_template(config)

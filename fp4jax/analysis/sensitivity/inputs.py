@@ -13,7 +13,7 @@ import numpy as np
 
 from fp4jax.analysis.sensitivity.scan import Batch
 from fp4jax.checkpoint import Checkpointer, CheckpointError, saved_config
-from fp4jax.config import MOE_MODEL, ConfigError, default_config, flatten
+from fp4jax.config import MOE_MODEL, ConfigError, default_config, flatten, mesh_of
 from fp4jax.config_checks import validate
 from fp4jax.data.errors import DataError
 from fp4jax.data.held_out import held_out_text
@@ -153,7 +153,7 @@ def _measured_config(workdir: Path, saved: dict, given: ml_collections.ConfigDic
         config.update(given)
     config.policy, config.schedule = "all_linear", ""
     config.model.dtype = DTYPE
-    config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    config.mesh = mesh_of()
     return config
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fp4jax import analyze
 from fp4jax.analysis.report.command import training_step_report
-from fp4jax.config import default_config
+from fp4jax.config import default_config, mesh_of
 from fp4jax.models.qwen3 import LINEARS
 from fp4jax.reporting import Precision
 
@@ -18,7 +18,7 @@ LAYERS, MICROBATCHES = 2, 2
 def tiny_config(**changes):
     config = default_config()
     config.batch_size, config.microbatches, config.seq_len = 8, MICROBATCHES, 32
-    config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    config.mesh = mesh_of()
     config.model.update(
         {"hidden_size": 32, "num_layers": LAYERS, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16}
         | {"intermediate_size": 64, "vocab_size": 256}

@@ -1,0 +1,85 @@
+"""Which mesh axis shards what: one table for parameters and activations, and how a program is told.
+
+`data` replicates the parameters and splits the batch; `fsdp` splits the batch and the parameters (ZeRO-3); `expert`
+splits the batch, the experts, and the other parameters further than `fsdp` does; `tensor` splits heads, MLP width and
+vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+from fp4jax.config import BATCH_AXES
+
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    # Of parameters, by the names in their NNX metadata.
+    "embed": ("fsdp", "expert"),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "expert": ("expert",),
+    # Of activations.
+    "batch": BATCH_AXES,
+    "slots": ("data", "fsdp"),
+}
+"""Name of an array's axis to the mesh axes that shard it."""
+
+BATCH = PartitionSpec(BATCH_AXES)
+"""Batches are split along their sequences; a sequence stays whole."""
+
+
+def partition_spec(names: Sequence[str | None] | None) -> PartitionSpec:
+    """Returns the PartitionSpec of an array whose axes are called `names` (None: replicated).
+
+    A mesh axis shards one axis of an array, the first that asks for it: of a square (embed, embed) matrix that is the
+    first, of experts' kernels (expert, embed, mlp) `expert` is gone when `embed` comes.
+
+    Raises:
+      ValueError: a name that LOGICAL_AXES does not list.
+    """
+    taken: set[str] = set()
+    entries = []
+    for name in names or ():
+        if name is not None and name not in LOGICAL_AXES:
+            raise ValueError(f"unknown axis {name!r}; accepted: {', '.join(LOGICAL_AXES)}")
+        axes = tuple(axis for axis in (LOGICAL_AXES[name] if name else ()) if axis not in taken)
+        taken.update(axes)
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def place(x: Array, names: Sequence[str | None], blocks: Sequence[int] | None = None) -> Array:
+    """`x` where the compiler is told to keep it; as it is without a mesh of several devices whose axes are Auto.
+
+    An axis that the devices would not divide evenly stays whole on all of them.
+
+    Args:
+      names: of x's axes, as in LOGICAL_AXES; None for an axis that is whole on every device.
+      blocks: of every axis, how many neighbours must stay on one device; None: any may part.
+    """
+    sizes = auto_axes()
+    if math.prod(sizes.values()) == 1:
+        return x
+    entries = []
+    for entry, size, block in zip(partition_spec(names), x.shape, blocks or [1] * x.ndim, strict=True):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        axes = tuple(axis for axis in axes if axis in sizes)
+        divides = size % (block * math.prod(sizes[axis] for axis in axes)) == 0
+        entries.append(axes if axes and divides else None)
+    return lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def auto_axes() -> dict[str, int]:
+    """The sizes of the ambient mesh's axes over which the compiler shards; of no others are we the master."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
