@@ -279,7 +279,7 @@ def emulated() -> Execution:
 
 
 def _rounded() -> bool:
-    return hardware.current().platform == "gpu"
+    return hardware.current().is_gpu
 
 
 def native_or_error() -> Execution:

@@ -33,6 +33,10 @@ class Hardware:
         major, _, minor = self.compute_capability.partition(".")
         return int(major or 0), int(minor or 0)
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.platform == "gpu"
+
     def __str__(self) -> str:
         return f"{self.device_kind} ({self.platform})"
 

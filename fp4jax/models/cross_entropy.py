@@ -15,13 +15,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
+
+from fp4jax.config import BATCH_AXES
+from fp4jax.layout import LOGICAL_AXES, auto_axes, place
 
 LOGITS_AT_ONCE = 1 << 27
 """Logits that a device holds at a time, about: 512 MiB in float32."""
-
-_BATCH_AXES, _VOCABULARY_AXIS = ("data", "fsdp"), "tensor"
 
 
 class Layout(NamedTuple):
@@ -39,10 +39,12 @@ class Layout(NamedTuple):
 
 def layout(batch: int, length: int, vocabulary: int, logits_at_once: int = LOGITS_AT_ONCE) -> Layout:
     """The fewest equal chunks whose logits stay below `logits_at_once` on each device of the ambient mesh."""
-    sizes = _mesh_sizes()
-    shards = math.prod(sizes.get(axis, 1) for axis in _BATCH_AXES)
+    sizes = auto_axes()
+    shards, of_vocabulary = (
+        math.prod(sizes.get(axis, 1) for axis in axes) for axes in (BATCH_AXES, LOGICAL_AXES["vocab"])
+    )
     shards = shards if batch % shards == 0 else 1
-    a_position = (batch // shards) * -(-vocabulary // sizes.get(_VOCABULARY_AXIS, 1))
+    a_position = (batch // shards) * -(-vocabulary // of_vocabulary)
     fitting = (n for n in range(1, length + 1) if length % n == 0 and (length // n) * a_position <= logits_at_once)
     return Layout(shards, next(fitting, length))
 
@@ -71,7 +73,7 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT):
-    head = _gathered(head_VxD.astype(hidden_BxTxD.dtype))
+    head = _gathered(head_VxD, hidden_BxTxD.dtype)
 
     def add_chunk(total, chunk):
         hidden, targets, weights = chunk
@@ -84,7 +86,7 @@ def _cross_entropy(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT
 
 def _forward(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT):
     dtype = hidden_BxTxD.dtype
-    head = _gathered(head_VxD.astype(dtype))
+    head = _gathered(head_VxD, dtype)
 
     def add_chunk(sums, chunk):
         total, head_gradient_SxVxD = sums
@@ -96,9 +98,10 @@ def _forward(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT):
         slope_SxbxCxV = slope.astype(dtype)
         hidden_gradient = jnp.einsum("sbcv,vd->sbcd", slope_SxbxCxV, head, preferred_element_type=jnp.float32)
         added = jnp.einsum("sbcv,sbcd->svd", slope_SxbxCxV, hidden, preferred_element_type=jnp.float32)
-        return (total, _sharded(head_gradient_SxVxD + added, _VOCABULARY_AXIS)), hidden_gradient.astype(dtype)
+        return (total, place(head_gradient_SxVxD + added, partial_sums)), hidden_gradient.astype(dtype)
 
-    zeros = _sharded(jnp.zeros((cut.shards, *head_VxD.shape), jnp.float32), _VOCABULARY_AXIS)
+    partial_sums = ("batch", "vocab", None)
+    zeros = place(jnp.zeros((cut.shards, *head_VxD.shape), jnp.float32), partial_sums)
     chunks = _chunks(cut, hidden_BxTxD, targets_BxT, weights_BxT)
     (total, head_gradient), hidden_gradient = _scan(add_chunk, (jnp.zeros((), jnp.float32), zeros), chunks)
     hidden_gradient_BxTxD = jnp.moveaxis(hidden_gradient, 0, 2).reshape(hidden_BxTxD.shape)
@@ -133,7 +136,8 @@ def _chunks(cut: Layout, *arrays_BxT):
 
     def split(x: Array) -> Array:
         parts = x.reshape(cut.shards, -1, cut.chunks, x.shape[1] // cut.chunks, *x.shape[2:])
-        return _sharded(jnp.moveaxis(parts, 2, 0), leading=1)
+        parts = jnp.moveaxis(parts, 2, 0)
+        return place(parts, (None, "batch", *[None] * (parts.ndim - 2)))
 
     return tuple(map(split, arrays_BxT))
 
@@ -146,30 +150,6 @@ def _scan(add_chunk, start, chunks):
     return end, jax.tree.map(lambda x: x[None], found)
 
 
-def _mesh_sizes() -> dict[str, int]:
-    """Of the axes that the compiler shards over; no others are ours to use."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
-
-
-def _sharded(x: Array, *behind: str | None, leading: int = 0) -> Array:
-    """x with its shards of the batch, axis `leading`, on the mesh axes of the batch and the axes behind as given."""
-    sizes = _mesh_sizes()
-    if not sizes:
-        return x
-    batch = tuple(axis for axis in _BATCH_AXES if axis in sizes)
-    divides = x.shape[leading] == math.prod(sizes[axis] for axis in batch)
-    axes = (batch if divides else None, *(axis if axis in sizes else None for axis in behind))
-    return lax.with_sharding_constraint(x, PartitionSpec(*[None] * leading, *axes))
-
-
-def _gathered(head_VxD: Array) -> Array:
+def _gathered(head_VxD: Array, dtype: jnp.dtype) -> Array:
     """The head, whole along D on every device: once, where a loop would gather it for every chunk."""
-    sizes = _mesh_sizes()
-    if _VOCABULARY_AXIS not in sizes:
-        return head_VxD
-    return lax.with_sharding_constraint(head_VxD, PartitionSpec(_VOCABULARY_AXIS, None))
+    return place(head_VxD.astype(dtype), ("vocab", None))
