@@ -116,6 +116,13 @@ def step() -> str:
     return _table(("recipe", "ms", "tokens/s", "GiB", "over `bf16`", "over `nvfp4`"), rows)
 
 
+def gaps(name: str) -> str:
+    """Loss gaps alone of the comparison in results/NAME."""
+    numbers, records = read_numbers(ROOT / "results" / name)
+    table = gap_table(records, numbers["declaration"]["baseline"])
+    return _table(table.header, table.rows)
+
+
 def comparison(name: str) -> str:
     """Loss gaps, and their differences paired over seeds, of the comparison in results/NAME."""
     numbers, records = read_numbers(ROOT / "results" / name)
@@ -197,6 +204,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "compare_60m": functools.partial(comparison, "compare_60m"),
     "compare_tiny": functools.partial(comparison, "compare_tiny"),
+    "ablations": functools.partial(gaps, "ablations"),
+    "continue_smollm2": functools.partial(gaps, "continue_smollm2"),
     "plan": plan,
     "mean_over_training": mean_over_training,
 }

@@ -114,6 +114,7 @@ td:first-child { white-space: nowrap; }
 code { font-size: .9em; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
 figure svg { width: 100%; height: auto; }
+@media (max-width: 40rem) { .numbers td { white-space: nowrap; } }
 @media print {
   body { font-size: 10pt; }
   main { max-width: none; padding: 0; }
