@@ -75,6 +75,20 @@ def place(x: Array, names: Sequence[str | None], blocks: Sequence[int] | None = 
     return lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def batch_shards() -> int:
+    """How many devices share a batch on the ambient mesh, as far as the compiler shards it."""
+    sizes = auto_axes()
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+
+
+def on_every_device(rows: Array) -> Array:
+    """Rows [..., rows, features], all of them on every device that has their features."""
+    if batch_shards() == 1:
+        return rows
+    free = PartitionSpec.UNCONSTRAINED
+    return lax.with_sharding_constraint(rows, PartitionSpec(*[free] * (rows.ndim - 2), None, free))
+
+
 def auto_axes() -> dict[str, int]:
     """The sizes of the ambient mesh's axes over which the compiler shards; of no others are we the master."""
     mesh = jax.sharding.get_abstract_mesh()
