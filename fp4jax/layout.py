@@ -69,7 +69,7 @@ def place(x: Array, names: Sequence[str | None], blocks: Sequence[int] | None = 
     entries = []
     for entry, size, block in zip(partition_spec(names), x.shape, blocks or [1] * x.ndim, strict=True):
         axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        axes = tuple(axis for axis in axes if axis in sizes)
+        axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         divides = size % (block * math.prod(sizes[axis] for axis in axes)) == 0
         entries.append(axes if axes and divides else None)
     return lax.with_sharding_constraint(x, PartitionSpec(*entries))

@@ -109,14 +109,14 @@ class Executions:
                 )
         return {kind: dict(found[kind]) for kind in COLLECTIVES if kind in found}
 
-    def between_machines(self, devices: int, on_a_machine: int) -> int:
+    def between_machines(self, devices: int, on_a_machine: int) -> dict[str, int]:
         """Bytes, as in `collectives`, of those whose groups are not each on one machine of so many devices."""
-        return sum(
-            times * self._moved(instruction)
-            for instruction, times in self
-            if instruction.opcode.removesuffix("-start") in COLLECTIVES
-            and leave_machines(instruction.rest, devices, on_a_machine)
-        )
+        found: collections.Counter[str] = collections.Counter()
+        for instruction, times in self:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and leave_machines(instruction.rest, devices, on_a_machine):
+                found[kind] += times * self._moved(instruction)
+        return dict(found)
 
     def _moved(self, collective: Instruction) -> int:
         given = sum(size_in_bytes(operand.type) for operand in self._program.operands(collective))

@@ -77,7 +77,7 @@ def plan(config: ml_collections.ConfigDict, target: targets.Target, dump: Path |
         "bytes_accessed": executions.bytes_accessed(),
         "unknown_loops": executions.unknown_loops,
         "collectives": executions.collectives(),
-        "between_machines": executions.between_machines(mesh.size, ON_A_MACHINE) if target.is_gpu else 0,
+        "between_machines": executions.between_machines(mesh.size, ON_A_MACHINE) if target.is_gpu else {},
         "gathers": executions.gathers(),
         "weight_gathers": weight_gathers(executions.gathers(), kernel_shapes(config), mesh.shape["tensor"]),
         "gemms": _gemms(report.rows),
