@@ -69,10 +69,24 @@ def place(x: Array, names: Sequence[str | None], blocks: Sequence[int] | None = 
     entries = []
     for entry, size, block in zip(partition_spec(names), x.shape, blocks or [1] * x.ndim, strict=True):
         axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        axes = tuple(axis for axis in axes if axis in sizes)
+        axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         divides = size % (block * math.prod(sizes[axis] for axis in axes)) == 0
         entries.append(axes if axes and divides else None)
     return lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def batch_shards() -> int:
+    """How many devices share a batch on the ambient mesh, as far as the compiler shards it."""
+    sizes = auto_axes()
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+
+
+def on_every_device(rows: Array) -> Array:
+    """Rows [..., rows, features], all of them on every device that has their features."""
+    if batch_shards() == 1:
+        return rows
+    free = PartitionSpec.UNCONSTRAINED
+    return lax.with_sharding_constraint(rows, PartitionSpec(*[free] * (rows.ndim - 2), None, free))
 
 
 def auto_axes() -> dict[str, int]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from fp4jax import layout
 from fp4jax.numerics import (
     QTensor,
     Rounding,
@@ -272,7 +273,7 @@ def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
         stats = context.quantizer.column_stats(x, context.batch_dims)
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
-        mean = column_mean(x, axes, row_mask)
+        mean = column_mean(x, axes, row_mask, layout.batch_shards(), layout.on_every_device)
     as_operand = context.quantize(Rows(mean), split.mean, f"mean.{name}", -1)
     center = dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
     if row_mask is not None:

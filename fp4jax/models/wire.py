@@ -30,7 +30,8 @@ def split(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
 
 def gathered(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
     """What was prepared from a kernel, on every device that multiplies with it; split along `tensor` and by experts."""
-    return _placed(prepared, tuple(None if axis == _GATHERED else axis for axis in axes))
+    # Split first: the compiler then gathers exactly here, the bytes, and not the wider integers they are packed from.
+    return _placed(split(prepared, axes), tuple(None if axis == _GATHERED else axis for axis in axes))
 
 
 def once_a_step(choice: str, high_precision: bool) -> bool:

@@ -64,9 +64,18 @@ def tree_sum(parts: Float32[Array, "*batch rows features"]) -> Float32[Array, "*
     while (rows := parts.shape[-2]) > 1:
         if rows % 2:
             parts = jnp.pad(parts, [(0, 0)] * (parts.ndim - 2) + [(0, 1), (0, 0)])
-        parts = parts[..., 0::2, :] + parts[..., 1::2, :]
+        parts = pair_sums(parts)
     total = parts[..., 0, :]
     return jnp.where(total == 0, jnp.zeros_like(total), total)
+
+
+def pair_sums(parts: Float32[Array, "*batch rows features"]) -> Float32[Array, "*batch half features"]:
+    """One level of the tree: the sums of neighbouring rows, of which there are an even number.
+
+    Written as a reshape, which devices that share the rows do each with its own.
+    """
+    pairs = parts.reshape(*parts.shape[:-2], parts.shape[-2] // 2, 2, parts.shape[-1])
+    return pairs[..., 0, :] + pairs[..., 1, :]
 
 
 def check_shape(shape: tuple[int, ...], batch_dims: int) -> None:

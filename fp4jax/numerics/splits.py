@@ -4,27 +4,65 @@ Source: "The Curse and Blessing of Mean Bias in FP4-Quantized LLM Training", arX
 mean is taken over real rows only; masked rows belong neither to the mean nor to the residual.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 from fp4jax.numerics.blocks import Shape
+from fp4jax.numerics.column_stats import pair_sums, tree_sum
+
+MOST_STRETCHES = 64
+"""Parts of a sequence whose sums are added in a fixed order: as many devices may share it."""
+
+_BLOCK = 16
 
 
 def column_mean(
-    x: Float[Array, "*shape"], axes: tuple[int, ...], row_mask: Bool[Array, "*rows"] | None = None
+    x: Float[Array, "*shape"],
+    axes: tuple[int, ...],
+    row_mask: Bool[Array, "*rows"] | None = None,
+    shards: int = 1,
+    gather: Callable[[Float32[Array, "..."]], Float32[Array, "..."]] = lambda partial: partial,
 ) -> Float32[Array, "*mean"]:
     """Mean of every column over the rows along `axes` (kept with size 1), accumulated in float32.
+
+    The order of the sum does not depend on the devices that share the rows: the last of the axes is cut into stretches
+    (of equal length, in whole blocks of 16, as many as a power of two up to MOST_STRETCHES allows), each is summed, and
+    the partial sums are added in a balanced binary tree over their index, row-major over `axes`.
 
     Args:
       x: [*batch, *tokens, features].
       axes: the token axes to average over.
       row_mask: [*batch, *tokens], True for real rows; without a real row the mean is zero.
+      shards: how many devices share the rows; changes no bit.
+      gather: called with partial sums [..., partials, features] when each device has added up its own.
     """
     x = mask_rows(x.astype(jnp.float32), row_mask)
-    total = jnp.sum(x, axis=axes, keepdims=True)
+    total = _ordered_sum(x, axes, shards, gather)
     # XLA multiplies by the reciprocal of a constant divisor when jitted: this one depends on the data, to no effect.
     return total / jnp.where(total != 0, row_count(x.shape, axes, row_mask), np.float32(1))
+
+
+def _ordered_sum(x, axes: tuple[int, ...], shards: int, gather):
+    """The sum described in `column_mean`, kept with size 1 along `axes`."""
+    axes = tuple(sorted(axis % x.ndim for axis in axes))
+    rows = [x.shape[axis] for axis in axes]
+    if axes != tuple(range(axes[0], x.ndim - 1)) or not all(isinstance(size, int) for size in rows):
+        return jnp.sum(x, axis=axes, keepdims=True)  # a symbolic size (`jax.export`), or rows that are not neighbours
+    stretches = _stretches(rows[-1])
+    cut = x.reshape(*x.shape[:-2], stretches, rows[-1] // stretches, x.shape[-1])
+    parts = jnp.sum(cut, axis=-2).reshape(*x.shape[: axes[0]], -1, x.shape[-1])
+    while parts.shape[-2] > shards and parts.shape[-2] % (2 * shards) == 0:
+        parts = pair_sums(parts)
+    total = tree_sum(gather(parts) if parts.shape[-2] > 1 else parts)
+    return total.reshape(*x.shape[: axes[0]], *[1] * len(axes), x.shape[-1])
+
+
+def _stretches(rows: int) -> int:
+    blocks = rows // _BLOCK if rows % _BLOCK == 0 else 1
+    return min(blocks & -blocks, MOST_STRETCHES) if blocks else 1
 
 
 def row_count(shape: Shape, axes: tuple[int, ...], row_mask=None) -> Float32[Array, "..."]:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from fp4jax.plan.groups import leave_machines
 from fp4jax.reporting.optimized_hlo import Instruction, Program
 
 COLLECTIVES = (
@@ -102,15 +103,27 @@ class Executions:
         found: dict[str, collections.Counter] = {}
         for instruction, times in self:
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            given = sum(size_in_bytes(operand.type) for operand in self._program.operands(instruction))
-            size = size_in_bytes(instruction.type)
-            if kind != instruction.opcode and size > given:  # a tuple of what goes in and what comes out
-                size -= given
-            counted = found.setdefault(kind, collections.Counter())
-            counted.update(count=times, bytes=times * max(given, size))
+            if kind in COLLECTIVES:
+                found.setdefault(kind, collections.Counter()).update(
+                    count=times, bytes=times * self._moved(instruction)
+                )
         return {kind: dict(found[kind]) for kind in COLLECTIVES if kind in found}
+
+    def between_machines(self, devices: int, on_a_machine: int) -> dict[str, int]:
+        """Bytes, as in `collectives`, of those whose groups are not each on one machine of so many devices."""
+        found: collections.Counter[str] = collections.Counter()
+        for instruction, times in self:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and leave_machines(instruction.rest, devices, on_a_machine):
+                found[kind] += times * self._moved(instruction)
+        return dict(found)
+
+    def _moved(self, collective: Instruction) -> int:
+        given = sum(size_in_bytes(operand.type) for operand in self._program.operands(collective))
+        size = size_in_bytes(collective.type)
+        if collective.opcode.endswith("-start") and size > given:  # a tuple of what goes in and what comes out
+            size -= given
+        return max(given, size)
 
     def gathers(self) -> dict[str, dict[str, int]]:
         """{"u8[512,3072]": {"count": executions, "bytes": of all of them}}: every kind of array that all-gathers make.

@@ -28,6 +28,9 @@ from fp4jax.training.mesh import make_mesh
 from fp4jax.training.state import model_template
 from fp4jax.training.step import abstract_train_step
 
+ON_A_MACHINE = 8
+"""GPUs of a machine: neighbours in the mesh's order are on one. All chips of a TPU are on one network."""
+
 
 def plan(config: ml_collections.ConfigDict, target: targets.Target, dump: Path | None = None) -> dict:
     """What one step of `config` needs on `target`, as plain values for JSON; see docs/plan.md for every key.
@@ -74,6 +77,7 @@ def plan(config: ml_collections.ConfigDict, target: targets.Target, dump: Path |
         "bytes_accessed": executions.bytes_accessed(),
         "unknown_loops": executions.unknown_loops,
         "collectives": executions.collectives(),
+        "between_machines": executions.between_machines(mesh.size, ON_A_MACHINE) if target.is_gpu else {},
         "gathers": executions.gathers(),
         "weight_gathers": weight_gathers(executions.gathers(), kernel_shapes(config), mesh.shape["tensor"]),
         "gemms": _gemms(report.rows),

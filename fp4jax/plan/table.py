@@ -48,6 +48,8 @@ def _work(plan: Mapping) -> Iterable[tuple[str, str]]:
     )
     for kind, of in plan["collectives"].items():
         yield kind, f"{of['count']:,} x, {size(of['bytes'])} on a device"
+    if plan["between_machines"]:
+        yield "between machines", f"{size(sum(plan['between_machines'].values()))} of these"
     if plan["weight_gathers"]:
         yield "gathered weights", f"{size(plan['weight_gathers'])} on a device, of the linear layers"
     if not plan["collectives"]:

@@ -13,7 +13,7 @@ from fp4jax.plan import targets
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS, LINEARS, MICROBATCHES = 2, 7, 2
 TINY = {
-    "batch_size": 16, "microbatches": MICROBATCHES, "seq_len": 128, "mesh.fsdp": -1, "model.vocab_size": 256,
+    "batch_size": 16, "microbatches": MICROBATCHES, "seq_len": 128, "mesh.fsdp": -1, "model.vocab_size": 512,
     "model.hidden_size": 128, "model.num_layers": LAYERS, "model.num_heads": 2, "model.num_kv_heads": 2,
     "model.head_dim": 64, "model.intermediate_size": 256,
 }  # fmt: skip

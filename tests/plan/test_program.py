@@ -82,6 +82,15 @@ ENTRY %main (x: f32[4,256]) -> f32[4,256] {
 """.replace("<<KNOWN>>", KNOWN)
 
 
+def test_what_leaves_a_machine():
+    """A loop's gather and scatter and the sum behind it, among four devices on two machines, or on one."""
+    executions = Executions(Program(SHARDED))
+    assert executions.between_machines(devices=4, on_a_machine=2) == {
+        "all-gather": 4 * 4096, "reduce-scatter": 4 * 4096, "all-reduce": 4096,
+    }  # fmt: skip
+    assert executions.between_machines(devices=4, on_a_machine=4) == {}
+
+
 def test_gathers_are_told_apart_by_what_they_make():
     assert Executions(Program(SHARDED)).gathers() == {"f32[1024]": {"count": 4, "bytes": 4 * 4096}}
     two = SHARDED.replace("%gather = (f32[256]{0}, f32[1024]{0}) all-gather-start(%one)",

@@ -18,7 +18,7 @@ PLAN = {
     "remat": "none", "quantizer": "XLA", "products": "emulated in bfloat16", "compile_seconds": 1.5,
     "memory": {"arguments": 2**30, "results": 2**30, "aliased": 2**29, "temporaries": 3 * 2**40, "peak": 100},
     "matrix_flops": 12e12, "bytes_accessed": 2**20, "unknown_loops": 1,
-    "collectives": {"all-reduce": {"count": 1200, "bytes": 2048}}, "weight_gathers": 3072,
+    "collectives": {"all-reduce": {"count": 1200, "bytes": 2048}}, "weight_gathers": 3072, "between_machines": {},
     "gemms": {"fprop": {"native": 28, "emulated in bfloat16": 1}}, "corrections": {"native": 2}, "high_precision": 3,
     "quantization": {"products": 2, "operands": 4, "coded": 3, "folded": ["NOT QUANTIZED: x"]},
     "kernels": [
@@ -67,6 +67,7 @@ def test_a_plan_without_fp4_or_collectives():
         "corrections": {},
         "collectives": {},
         "weight_gathers": 0,
+        "between_machines": {},
         "kernels": [],
         "unknown_loops": 0,
         "idle_devices": 0,
