@@ -154,11 +154,11 @@ def _check_moe(model: ml_collections.ConfigDict) -> None:
         )
 
 
+_CUT_IN_BLOCKS = ("hidden_size", "intermediate_size")
+"""Axes of weights that a mesh cuts and that are quantized in blocks."""
+
+
 def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> None:
-    if config.backend == "pallas" and math.prod(sizes.values()) > 1:
-        raise ConfigError(
-            "backend='pallas' runs on one device: XLA would gather the operands of its kernel; use backend='xla'"
-        )
     rows = config.batch_size // config.microbatches
     shards = sizes["data"] * sizes["fsdp"]
     if rows % shards:
@@ -177,6 +177,12 @@ def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> 
             raise ConfigError(
                 f"model.{size}={model[size]} is not divisible by mesh.{axis}={sizes[axis]}; "
                 f"use mesh.{axis}={math.gcd(model[size], sizes[axis])}"
+            )
+        shard = model[size] // sizes[axis]
+        if config.backend == "pallas" and size in _CUT_IN_BLOCKS and sizes[axis] > 1 and shard % 16:
+            raise ConfigError(
+                f"backend='pallas' needs shards of whole blocks of 16: model.{size}={model[size]} over "
+                f"mesh.{axis}={sizes[axis]} gives {shard}; use backend='xla' or a smaller mesh.{axis}"
             )
 
 
