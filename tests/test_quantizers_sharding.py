@@ -38,7 +38,7 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(autouse=True)
 def kernels_in_xla(monkeypatch):
-    """Plain JAX in the place of the kernels, cut over devices as these are; see tests/pallas_kernels/sharding/in_xla.py."""
+    """Plain JAX in the place of the kernels, cut over devices as these are."""
     in_xla.install(monkeypatch)
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
