@@ -157,10 +157,6 @@ def _check_moe(model: ml_collections.ConfigDict) -> None:
 
 
 def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> None:
-    if config.backend == "pallas" and math.prod(sizes.values()) > 1:
-        raise ConfigError(
-            "backend='pallas' runs on one device: XLA would gather the operands of its kernel; use backend='xla'"
-        )
     _check_experts(config.model, sizes["expert"])
     rows = config.batch_size // config.microbatches
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
@@ -175,6 +171,9 @@ def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> 
     for size in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
         _check_divides(config.model, size, sizes, ("tensor",))
     _check_divides(config.model, "hidden_size", sizes, ("fsdp", "expert"))
+    if config.backend == "pallas":
+        _check_whole_blocks(config.model, "intermediate_size", sizes, ("tensor",))
+        _check_whole_blocks(config.model, "hidden_size", sizes, ("fsdp", "expert"))
 
 
 def _check_divides(model: ml_collections.ConfigDict, size: str, sizes: Mapping[str, int], axes: Sequence[str]) -> None:
@@ -188,6 +187,19 @@ def _check_divides(model: ml_collections.ConfigDict, size: str, sizes: Mapping[s
                 f"use mesh.{axis}={math.gcd(rest, sizes[axis])}"
             )
         rest //= sizes[axis]
+
+
+def _check_whole_blocks(
+    model: ml_collections.ConfigDict, size: str, sizes: Mapping[str, int], axes: Sequence[str]
+) -> None:
+    """Whether kernels, which quantize the shards of weights, get whole blocks."""
+    shard = model[size] // math.prod(sizes[axis] for axis in axes)
+    if shard < model[size] and shard % SEQUENCE_BLOCK:
+        splitting = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+        raise ConfigError(
+            f"backend='pallas' needs shards of whole blocks of {SEQUENCE_BLOCK}: model.{size}={model[size]} over "
+            f"{splitting} gives {shard}; use backend='xla' or a smaller mesh"
+        )
 
 
 def _check_experts(model: ml_collections.ConfigDict, devices: int) -> None:

@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,11 +103,17 @@ def quantize_by_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int
         x, center = rows.array(), None  # a mean for each sequence
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         x = x.astype(jnp.float32)
-    given = {"batch_dims": batch_dims, "center": center, "words": draws.elements, "device": hardware.current()}
+    given = {"batch_dims": batch_dims, "center": center, "words": draws.elements, **_where()}
     given["amax"] = None if operand.hadamard else rows.amax
     if axis == -1:
         return kernels.quantize_rows(x, **given)
     return kernels.quantize_columns(x, hadamard=bool(operand.hadamard), **given)
+
+
+def _where() -> dict[str, Any]:
+    """The device, as kernels take it; with several, an operand may be cut over them."""
+    device = hardware.current()
+    return {"device": device, "partitioned": device.devices > 1}
 
 
 def _no_kernel(shape: Shape, operand: Operand, axis: int, draws: Draws) -> str | None:
@@ -138,16 +145,14 @@ def stats_by_kernel(x: Float[Array, "..."], batch_dims: int) -> ColumnStats:
     """By one kernel for bfloat16 and float32; other dtypes are converted first."""
     from pallas_kernels import column_stats as kernels
 
-    return kernels.column_stats(
-        x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), batch_dims, device=hardware.current()
-    )
+    return kernels.column_stats(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), batch_dims, **_where())
 
 
 def sums_by_kernel(q: QTensor, batch_dims: int) -> Float32[Array, "..."]:
     """By one kernel that reads codes."""
     from pallas_kernels import column_sums as kernels
 
-    return kernels.column_sums(q, batch_dims, device=hardware.current())
+    return kernels.column_sums(q, batch_dims, **_where())
 
 
 def has_column_stats(shape: Shape, batch_dims: int) -> bool:
@@ -186,13 +191,13 @@ def by_kernels() -> Quantizer:
 
 
 def best() -> Quantizer:
-    """The kernels on a single Hopper GPU, where they were measured (docs/benchmarks.md); XLA everywhere else.
+    """The kernels on Hopper GPUs, where they were measured (docs/benchmarks.md); XLA everywhere else.
 
-    With several devices an array may be sharded, and XLA would gather the operand of a kernel. The kernel of column
-    sums was not compared with its twin on hardware: only `backend="pallas"` takes it.
+    They were measured on one. On several, each runs the same kernel on its shard, with the bits of one by construction.
+    The kernel of column sums was not compared with its twin on hardware: only `backend="pallas"` takes it.
     """
     device = hardware.current()
-    if device.devices > 1 or device.capability[0] != _HOPPER:
+    if device.capability[0] != _HOPPER:
         return by_xla()
     from pallas_kernels import quantize as kernels
 

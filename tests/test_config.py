@@ -116,7 +116,7 @@ def test_missing_key_is_named():
         ({"mesh__data": 0}, 8, "mesh.data=0: a mesh axis is at least 1"),
         ({"mesh__data": 4, "batch_size": 6}, 8, "x mesh.fsdp=1 x mesh.expert=1; use batch_size=8"),
         ({"mesh__data": 4, "microbatches": 4}, 8, "batch_size=8 / microbatches=4 gives 2 sequences"),
-        ({"mesh__data": 4, "backend": "pallas"}, 8, "runs on one device"),
+        ({"mesh__fsdp": 8, "backend": "pallas", "model__hidden_size": 320}, 8, "shards of whole blocks of 16"),
         ({"mesh__tensor": 4}, 8, "model.num_kv_heads=2 is not divisible by mesh.tensor=4; use mesh.tensor=2"),
         ({"mesh__tensor": 2, "model__num_heads": 3, "model__num_kv_heads": 3}, 8, "model.num_heads=3"),
         ({"mesh__tensor": 2, "model__intermediate_size": 63}, 8, "model.intermediate_size=63"),

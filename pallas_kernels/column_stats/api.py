@@ -5,9 +5,9 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fp4jax.numerics.column_stats import ColumnStats, check_shape, stats_shape, tree_sum
+from fp4jax.numerics.column_stats import ColumnStats, check_shape
 from pallas_kernels import compat
-from pallas_kernels.column_stats import kernel
+from pallas_kernels.column_stats import local, sharded
 from pallas_kernels.quantize.api import unsupported_reason
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -15,19 +15,26 @@ _BATCH_LIMIT = 65535  # the second axis of a CUDA grid
 
 
 def column_stats(
-    x: Float[Array, "*shape"], batch_dims: int = 0, *, device: compat.Device | None = None, interpret: bool = False
+    x: Float[Array, "*shape"],
+    batch_dims: int = 0,
+    *,
+    device: compat.Device | None = None,
+    partitioned: bool = False,
+    interpret: bool = False,
 ) -> ColumnStats:
     """Sum, minimum and maximum of every column of [*batch, *tokens, features], in float32.
 
     Equals `fp4jax.numerics.column_stats(x, batch_dims)` bit for bit where the twin's result is specified: not in the
-    sign of a minimum or maximum of zero, nor in those of a column with a NaN. It has no derivative. Under sharding call
-    it inside `jax.shard_map` and combine what the devices give: XLA would gather the operand of a bare kernel. Features
+    sign of a minimum or maximum of zero, nor in those of a column with a NaN. It has no derivative. Features
     that are odd or fewer than 256 are padded first, by a copy.
 
     Args:
       x: bfloat16 or float32, with at least one token axis, and not empty.
       batch_dims: leading axes that count independent matrices.
       device: the device the program is compiled for; default: the first of `jax.devices()`.
+      partitioned: x may be cut over the axes of a mesh, along tokens into shards of a multiple of 8 rows: each device
+        reads its own, and the result has the bits of one device. It has no rule under `jax.vmap`. Without it XLA
+        gathers what a kernel reads.
       interpret: run the kernel in Pallas' GPU interpreter instead, on any device: for tests.
 
     Raises:
@@ -36,19 +43,8 @@ def column_stats(
       ValueError: x is of another dtype or empty, or has no token axis.
     """
     _check(x, batch_dims, device, interpret)
-    columns, batch = x.shape[-1], math.prod(x.shape[:batch_dims])
-    shape = stats_shape(x.shape, batch_dims)
-    rows = x.reshape(batch, -1, columns)
-    vector = kernel.vector_for(columns, x.dtype.itemsize)
-    if vector is None:
-        vector = kernel.MIN_VECTOR
-        padded = max(columns + columns % vector, kernel.LANES * vector)
-        rows = jnp.pad(rows, [(0, 0), (0, 0), (0, padded - columns)])
-    strips = -(-rows.shape[-1] // (kernel.LANES * vector))
-    levels = kernel.levels_for(batch, rows.shape[1], strips)
-    sums, minima, maxima = kernel.partial_stats(rows, vector=vector, levels=levels, interpret=interpret)
-    stats = (tree_sum(sums), jnp.min(minima, axis=1), jnp.max(maxima, axis=1))
-    return ColumnStats(*(part[:, :columns].reshape(shape) for part in stats))
+    run = sharded.column_stats if partitioned else local.column_stats
+    return ColumnStats(*run(x, batch_dims=batch_dims, interpret=interpret))
 
 
 def _check(x, batch_dims, device, interpret):

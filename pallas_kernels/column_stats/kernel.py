@@ -27,7 +27,7 @@ from pallas_kernels import compat
 LANES = 128
 ROWS = 8  # in flight
 _MIN_THREAD_BLOCKS = 512  # about four for each multiprocessor
-_MAX_LEVELS = 5  # 256 rows: more would save little of the 12 bytes that a thread block writes for each column
+MAX_LEVELS = 5  # 256 rows: more would save little of the 12 bytes that a thread block writes for each column
 _MIN_LEVELS = 2  # 32 rows
 _MAX_VECTOR_BYTES = 16
 MIN_VECTOR = 2  # columns; narrower loads than 4 bytes are not served
@@ -43,7 +43,7 @@ def vector_for(columns: int, itemsize: int) -> int | None:
 
 def levels_for(batch: int, rows: int, strips: int) -> int:
     """log2 of the steps of eight rows in a stretch: long ones, as far as enough thread blocks remain for a GPU."""
-    levels = _MAX_LEVELS
+    levels = MAX_LEVELS
     while levels > _MIN_LEVELS and batch * strips * pl.cdiv(rows, ROWS << levels) < _MIN_THREAD_BLOCKS:
         levels -= 1
     return levels

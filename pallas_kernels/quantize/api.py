@@ -4,13 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
 from fp4jax.numerics import NVFP4, Format, QTensor
-from fp4jax.numerics.blocks import pad_to_blocks
 from pallas_kernels import compat
-from pallas_kernels.quantize import columns, elements, rows
+from pallas_kernels.quantize import elements, local, sharded
 
 _CAPABILITY = (9, 0)
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -39,15 +37,14 @@ def quantize_rows(
     center: Float32[Array, "..."] | None = None,
     batch_dims: int = 0,
     device: compat.Device | None = None,
+    partitioned: bool = False,
     interpret: bool = False,
 ) -> QTensor:
     """Quantizes an array to NVFP4 in blocks of 16 along its last axis.
 
     Equals `quantize_blocks(x - center, format, axes=(-1,), pack_axis=-1, batch_dims=batch_dims, words=words,
     amax=amax)` bit for bit where x is finite and no block's largest magnitude lies in (0, 2e-37). Where the twin is not
-    finite (infinities, NaN in x) neither is the result, but its codes may differ. It has no derivative. Under sharding
-    call it inside `jax.shard_map`, with the `amax` of the whole matrix: XLA would gather the operand of a bare kernel.
-    Stochastic rounding counts the rows and columns of the array it is given.
+    finite (infinities, NaN in x) neither is the result, but its codes may differ. It has no derivative.
 
     Args:
       x: bfloat16 or float32, at least one axis. Blocks are padded with zeros if 16 does not divide the last axis.
@@ -59,6 +56,8 @@ def quantize_rows(
         `batch_dims` and the last: the mean split's residual without a pass over memory.
       batch_dims: leading axes that count independent matrices, each with its own tensor scale.
       device: the device the program is compiled for; default: the first of `jax.devices()`.
+      partitioned: x may be cut over the axes of a mesh: each device quantizes its shard, to the bits of the whole. It
+        has no rule under `jax.vmap`. Without it XLA gathers what a kernel reads.
       interpret: run the kernel in Pallas' GPU interpreter instead, on any device: for tests.
 
     Raises:
@@ -70,7 +69,7 @@ def quantize_rows(
     expected = (*x.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 1), x.shape[-1])
     if center is not None and center.shape != expected:
         raise ValueError(f"center must be of shape {expected}, got {center.shape}")
-    return _quantize_rows(x, amax, words, center, batch_dims, interpret)
+    return _quantize_rows(x, amax, words, center, batch_dims, partitioned, interpret)
 
 
 def quantize_columns(
@@ -83,6 +82,7 @@ def quantize_columns(
     hadamard: bool = False,
     batch_dims: int = 0,
     device: compat.Device | None = None,
+    partitioned: bool = False,
     interpret: bool = False,
 ) -> QTensor:
     """Quantizes an array to NVFP4 in blocks of 16 along its last axis but one, the tokens of a sequence.
@@ -111,102 +111,45 @@ def quantize_columns(
     if center is not None and x.shape[-2] % NVFP4.block:
         # Padding must stay zero, and zero minus the center is not.
         x, center = x.astype(jnp.float32) - center, None
-    return _quantize_columns(x, amax, words, center, hadamard, batch_dims, interpret)
+    return _quantize_columns(x, amax, words, center, hadamard, batch_dims, partitioned, interpret)
 
 
-def _quantize_rows(x, amax, words, center, batch_dims: int, interpret: bool) -> QTensor:
+def _quantize_rows(x, amax, words, center, batch_dims: int, partitioned: bool, interpret: bool) -> QTensor:
     *lead, width = x.shape
-    batch, count = math.prod(lead[:batch_dims]), math.prod(lead[batch_dims:])
     if amax is None:
         amax = _largest(x, center, batch_dims)
-    x = _at_least(x.reshape(batch, count, width), (0, rows.TILE_ROWS[_word_dtype(x)], 16 * rows.TILE_BLOCKS))
-    x = pad_to_blocks(x, (-1,), NVFP4.block)
-    centers = () if center is None else _words_of_center(_widened(center.reshape(batch, width), x.shape[-1]), x.dtype)
-    groups = 2 if x.dtype == jnp.bfloat16 else 4
-    codes, scales = rows.quantize(
-        _words(x).reshape(*x.shape[:2], -1, groups, 4),
-        elements.factors(amax.reshape(batch)),
-        tuple(part.reshape(batch, -1, groups, 4) for part in centers),
-        () if words is None else elements.row_hashes(words, batch, x.shape[1]),
-        interpret=interpret,
-    )
-    blocks = -(-width // NVFP4.block)
-    codes = lax.bitcast_convert_type(codes, jnp.uint8).reshape(batch, x.shape[1], -1)
-    return QTensor(
-        codes=codes[:, :count, : blocks * NVFP4.block // 2].reshape(*lead, -1),
-        scales=scales[:, :count, :blocks].reshape(*lead, -1),
-        amax=amax,
-        format=NVFP4,
-        axis=-1,
-        blocked=((-1, width),),
-    )
+    hashes = () if words is None else _row_hashes(words, lead, batch_dims)
+    run = sharded.quantize_rows if partitioned else local.quantize_rows
+    codes, scales = run(x, elements.factors(amax), _maybe(center), hashes, interpret=interpret)
+    return QTensor(codes=codes, scales=scales, amax=amax, format=NVFP4, axis=-1, blocked=((-1, width),))
 
 
-def _quantize_columns(x, amax, words, center, hadamard: bool, batch_dims: int, interpret: bool) -> QTensor:
-    *lead, length, width = x.shape
-    batch, sequences = math.prod(lead[:batch_dims]), math.prod(lead)
-    if amax is None and not hadamard:
+def _quantize_columns(
+    x, amax, words, center, hadamard: bool, batch_dims: int, partitioned: bool, interpret: bool
+) -> QTensor:
+    *lead, length, _ = x.shape
+    # A transform fills the padding: its rows count.
+    counted = -(-length // NVFP4.block) * NVFP4.block if hadamard else length
+    where = sharded if partitioned else local
+    if amax is None and hadamard:
+        amax = where.hadamard_amax(x, _maybe(center), batch_dims=batch_dims, interpret=interpret)
+    elif amax is None:
         amax = _largest(x, center, batch_dims)
-    full = pad_to_blocks(x, (-2,), NVFP4.block)
-    blocks = full.shape[-2] // NVFP4.block
-    full = full.reshape(sequences, -1, width)
-    full = _at_least(full, (0, 0, columns.STRIP * (2 if x.dtype == jnp.bfloat16 else 1)))
-    full = pad_to_blocks(full, (-1,), 2 * columns.VECTOR)
-    centers = ()
-    if center is not None:
-        centers = _words_of_center(_widened(center.reshape(-1, width), full.shape[-1]), x.dtype)
-    if amax is None:
-        largest = columns.hadamard_maxima(_words(full), centers, interpret=interpret)
-        amax = jnp.max(largest.reshape(batch, -1), axis=1).reshape(*lead[:batch_dims], *[1] * (x.ndim - batch_dims))
-    hashes = ()
-    if words is not None:
-        counted = full.shape[1] if hadamard else length  # a transform fills the padding: its rows count
-        by_row = elements.row_hashes(words, batch, sequences // batch * counted)
-        hashes = tuple(pad_to_blocks(h.reshape(sequences, counted), (-1,), NVFP4.block) for h in by_row)
-    codes, scales = columns.quantize(
-        _words(full), elements.factors(amax.reshape(batch)), centers, hashes, hadamard=hadamard, interpret=interpret
+    hashes = () if words is None else _row_hashes(words, [*lead, counted], batch_dims)
+    codes, scales = where.quantize_columns(
+        x, elements.factors(amax), _maybe(center), hashes, hadamard=hadamard, interpret=interpret
     )
-    return QTensor(
-        codes=_bytes(codes)[..., :width].reshape(*lead, blocks * NVFP4.block // 2, width),
-        scales=_bytes(scales)[..., :width].reshape(*lead, blocks, width),
-        amax=amax,
-        format=NVFP4,
-        axis=-2,
-        blocked=((-2, blocks * NVFP4.block if hadamard else length),),
-    )
+    return QTensor(codes=codes, scales=scales, amax=amax, format=NVFP4, axis=-2, blocked=((-2, counted),))
 
 
-def _word_dtype(x):
-    return jnp.dtype(jnp.uint32 if x.dtype == jnp.bfloat16 else jnp.float32)
+def _row_hashes(words, shape: list[int], batch_dims: int):
+    """`elements.row_hashes` for [*batch, *tokens], tokens counted in row-major order."""
+    batch, rows = math.prod(shape[:batch_dims]), math.prod(shape[batch_dims:])
+    return tuple(h.reshape(shape) for h in elements.row_hashes(words, batch, rows))
 
 
-def _words(x):
-    """The kernels' view of [..., columns]: pairs of bfloat16 in uint32 words, float32 as it is."""
-    if x.dtype == jnp.float32:
-        return x
-    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.uint32)
-
-
-def _words_of_center(center, dtype):
-    """The center [..., columns] as the kernels take it: one array for each column of a word."""
-    return (center[..., 0::2], center[..., 1::2]) if dtype == jnp.bfloat16 else (center,)
-
-
-def _bytes(words):
-    """uint8 [..., columns] of the bytes in words."""
-    if words.dtype == jnp.uint8:
-        return words
-    return lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], -1)
-
-
-def _at_least(x, sizes):
-    """Zeros behind the ends of axes that are shorter than `sizes`."""
-    missing = [max(0, size - now) for size, now in zip(sizes, x.shape, strict=True)]
-    return jnp.pad(x, [(0, m) for m in missing]) if any(missing) else x
-
-
-def _widened(center, width: int):
-    return jnp.pad(center, [(0, 0), (0, width - center.shape[-1])])
+def _maybe(value) -> tuple:
+    return () if value is None else (value,)
 
 
 def _largest(x, center, batch_dims: int):

@@ -53,6 +53,7 @@ def quantize(
     factors: Float32[Array, "batch factors"],
     centers: tuple[Float32[Array, "means words"], ...] = (),
     hashes: tuple[UInt32[Array, "groups rows"], ...] = (),
+    start: tuple[UInt32[Array, "1"], ...] = (),
     *,
     hadamard: bool = False,
     interpret: bool,
@@ -64,6 +65,7 @@ def quantize(
       factors: `elements.factors` of each matrix.
       centers: what to subtract: nothing, or one array for float32, the even and the odd columns for bfloat16.
       hashes: `elements.row_hashes`, for stochastic rounding.
+      start: which word of its rows the first one is, where x is a part of a matrix; nothing for 0.
       hadamard: transform each block first, as `numerics.hadamard` does with fixed signs.
       interpret: run in the GPU interpreter, on any machine.
 
@@ -74,7 +76,8 @@ def quantize(
     blocks = rows // _ROWS
     hashes = tuple(h.reshape(groups, blocks, *_BLOCK) for h in hashes)
     out_dtype = jnp.uint16 if x.dtype == jnp.uint32 else jnp.uint8
-    body = functools.partial(_quantize_kernel, centered=bool(centers), stochastic=bool(hashes), hadamard=hadamard)
+    variants = {"centered": bool(centers), "stochastic": bool(hashes), "shifted": bool(start), "hadamard": hadamard}
+    body = functools.partial(_quantize_kernel, **variants)
     name = "_".join(["quantize_columns", *["stochastic"] * bool(hashes), *["hadamard"] * hadamard])
     run = _strips(
         body,
@@ -86,7 +89,7 @@ def quantize(
         name + "_centered" * bool(centers),
         interpret,
     )
-    codes, scales = run(x.reshape(groups, blocks, *_BLOCK, words), factors, *centers, *hashes)
+    codes, scales = run(x.reshape(groups, blocks, *_BLOCK, words), factors, *centers, *hashes, *start)
     return codes.reshape(groups, rows // 2, words), scales
 
 
@@ -129,8 +132,11 @@ def _strips(body, shape, out_type, name: str, interpret: bool):
     )
 
 
-def _quantize_kernel(x_ref, factors_ref, *refs, centered: bool, stochastic: bool, hadamard: bool, steps: int):
+def _quantize_kernel(
+    x_ref, factors_ref, *refs, centered: bool, stochastic: bool, shifted: bool, hadamard: bool, steps: int
+):
     *inputs, codes_ref, scales_ref = refs
+    first_word = inputs.pop()[0] if shifted else jnp.uint32(0)
     parts = _parts(x_ref)
     center_refs, hash_refs = (inputs[:parts], inputs[parts:]) if centered else ((), inputs)
     group, across = lax.axis_index("groups"), _across(x_ref)
@@ -144,7 +150,9 @@ def _quantize_kernel(x_ref, factors_ref, *refs, centered: bool, stochastic: bool
         columns = _block(x_ref, group, block, across, centers, hadamard)
         scales, multipliers = zip(*[elements.block_scale(_largest(x), factors) for x in columns], strict=True)
         scaled = [x * _down_rows(m, x.shape) for x, m in zip(columns, multipliers, strict=True)]
-        draws = _draws(hash_refs, group, block, across, parts) if stochastic else [None] * parts
+        draws = [None] * parts
+        if stochastic:
+            draws = _draws(hash_refs, group, block, first_word + across.start.astype(jnp.uint32), parts)
         codes = [_pair_codes(x, drawn) for x, drawn in zip(scaled, draws, strict=True)]
         compat.store(
             codes_ref.at[group, block, *_every(_BITS - 1), across],
@@ -214,10 +222,10 @@ def _side_by_side(bytes_of_columns: Sequence[UInt32[Array, "..."]]) -> UInt32[Ar
     return functools.reduce(jnp.bitwise_or, [byte << 8 * i for i, byte in enumerate(bytes_of_columns)])
 
 
-def _draws(hash_refs, group, block, across, parts: int) -> list[UInt32[Array, "2 2 2 2 strip"]]:
+def _draws(hash_refs, group, block, first_word, parts: int) -> list[UInt32[Array, "2 2 2 2 strip"]]:
     """For each column of a word the draws of its block."""
     shape = (*_BLOCK, STRIP)
-    word = plgpu.broadcasted_iota(jnp.uint32, shape, _BITS, layout=_layout()) + across.start.astype(jnp.uint32)
+    word = plgpu.broadcasted_iota(jnp.uint32, shape, _BITS, layout=_layout()) + first_word
     rows = [compat.load(ref.at[group, block, *_every(_BITS)], _layout(_BITS)) for ref in hash_refs]
     a, b = (lax.broadcast_in_dim(row, shape, _ALL_ROWS) for row in rows)
     even, odd = elements.halves(elements.pair_hash(a, b, word if parts == 2 else word >> 1))

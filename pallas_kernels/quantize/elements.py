@@ -40,12 +40,11 @@ FACTORS = 1 + _MANTISSAS
 """Numbers of a matrix that `block_scale` takes."""
 
 
-def factors(amax: Float32[Array, " batch"]) -> Float32[Array, "batch {FACTORS}"]:
+def factors(amax: Float32[Array, "*shape"]) -> Float32[Array, "*shape {FACTORS}"]:
     """Outside the kernel: what gives a block's scale, then the element multiplier for each scale of the top octave."""
-    encode = encode_factor(amax, NVFP4)[:, None]
-    return jnp.concatenate(
-        [encode * NVFP4.inverse_peak, 1.0 / (jnp.asarray(_TOP_SCALES)[None, :] * (1.0 / encode))], axis=1
-    )
+    encode = encode_factor(amax.reshape(-1), NVFP4)[:, None]
+    inverses = 1.0 / (jnp.asarray(_TOP_SCALES)[None, :] * (1.0 / encode))
+    return jnp.concatenate([encode * NVFP4.inverse_peak, inverses], axis=1).reshape(*amax.shape, FACTORS)
 
 
 def block_scale(block_amax: Float32[Array, "..."], factors: Sequence[Float32[Array, ""]]):

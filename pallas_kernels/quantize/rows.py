@@ -41,6 +41,7 @@ def quantize(
     factors: Float32[Array, "batch factors"],
     centers: tuple[Float32[Array, "batch blocks groups 4"], ...] = (),
     hashes: tuple[UInt32[Array, "batch rows"], ...] = (),
+    start: tuple[UInt32[Array, "1"], ...] = (),
     *,
     interpret: bool,
 ) -> tuple[Shaped[Array, "batch rows blocks groups"], UInt8[Array, "batch rows blocks"]]:
@@ -51,6 +52,7 @@ def quantize(
       factors: `elements.factors` of each matrix.
       centers: what to subtract: nothing, or one array for float32, the even and the odd columns for bfloat16.
       hashes: `elements.row_hashes`, for stochastic rounding.
+      start: which block of its rows the first one is, where x is a part of a matrix; nothing for 0.
       interpret: run in the GPU interpreter, on any machine.
 
     Returns:
@@ -60,7 +62,9 @@ def quantize(
     column_tiles, row_tiles = pl.cdiv(blocks, TILE_BLOCKS), pl.cdiv(rows, TILE_ROWS[x.dtype])
     tiles_each = int(np.clip(batch * column_tiles * row_tiles // _MIN_THREAD_BLOCKS, 1, _MAX_TILES_PER_THREAD_BLOCK))
     run = plgpu.kernel(
-        functools.partial(_kernel, centered=bool(centers), stochastic=bool(hashes), tiles=tiles_each),
+        functools.partial(
+            _kernel, centered=bool(centers), stochastic=bool(hashes), shifted=bool(start), tiles=tiles_each
+        ),
         out_type=(
             jax.ShapeDtypeStruct((batch, rows, blocks, groups), jnp.uint32 if groups == 2 else jnp.uint16),
             jax.ShapeDtypeStruct((batch, rows, blocks), jnp.uint8),
@@ -72,11 +76,12 @@ def quantize(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name=f"quantize_rows{'_stochastic' if hashes else ''}{'_centered' if centers else ''}",
     )
-    return run(x, factors, *centers, *hashes)
+    return run(x, factors, *centers, *hashes, *start)
 
 
-def _kernel(x_ref, factors_ref, *refs, centered: bool, stochastic: bool, tiles: int):
+def _kernel(x_ref, factors_ref, *refs, centered: bool, stochastic: bool, shifted: bool, tiles: int):
     *inputs, codes_ref, scales_ref = refs
+    start_block = inputs.pop()[0] if shifted else jnp.uint32(0)
     parts = 2 if x_ref.dtype == jnp.uint32 else 1
     center_refs, hash_refs = (inputs[:parts], inputs[parts:]) if centered else ((), inputs)
     _, rows, blocks, *group_shape = x_ref.shape
@@ -89,8 +94,8 @@ def _kernel(x_ref, factors_ref, *refs, centered: bool, stochastic: bool, tiles: 
 
     @pl.loop(0, tiles)
     def _(step):
-        start = jnp.minimum((lax.axis_index("rows") * tiles + step) * tile[0], rows - tile[0])
-        down = pl.ds(start, tile[0])
+        first_row = jnp.minimum((lax.axis_index("rows") * tiles + step) * tile[0], rows - tile[0])
+        down = pl.ds(first_row, tile[0])
         loaded = compat.load(x_ref.at[b, down, across], layout)
         values = elements.bfloat16_pair(loaded) if parts == 2 else [loaded]
         if centered:
@@ -102,7 +107,7 @@ def _kernel(x_ref, factors_ref, *refs, centered: bool, stochastic: bool, tiles: 
         draws = None
         if stochastic:
             hashes = [compat.load(ref.at[b, down], layout.reduce((1, 2, 3))) for ref in hash_refs]
-            draws = _draws(hashes, column, (*tile, *group_shape), parts)
+            draws = _draws(hashes, start_block + column.astype(jnp.uint32), (*tile, *group_shape), parts)
         word = elements.pack([v * multiplier for v in values], draws)
         lane = plgpu.broadcasted_iota(jnp.uint32, word.shape, 3, layout=layout)
         codes = jnp.sum(word << lane * jnp.uint32(4 * parts), axis=3).astype(codes_ref.dtype)
@@ -116,7 +121,7 @@ def _draws(hashes, first_block, shape, parts: int):
     _, _, groups, vector = shape
     words_per_block = groups * vector
     block, group, lane = (plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=_LAYOUT()) for axis in (1, 2, 3))
-    word = (block + first_block.astype(jnp.uint32)) * jnp.uint32(words_per_block) + group * jnp.uint32(vector) + lane
+    word = (block + first_block) * jnp.uint32(words_per_block) + group * jnp.uint32(vector) + lane
     if parts == 2:
         return elements.halves(elements.pair_hash(a, b, word))
     # A vector cannot be taken apart here, so both columns of a pair ask for the hash; the compiler computes it once.

@@ -77,7 +77,7 @@ def test_equals_its_twin_on_the_models_shapes_scaled_down(shape, interpret):
     check(values((min(small.tokens, 2048), small.features), jnp.bfloat16), interpret)
 
 
-@pytest.mark.parametrize("levels", range(kernel._MIN_LEVELS, kernel._MAX_LEVELS + 1))
+@pytest.mark.parametrize("levels", range(kernel._MIN_LEVELS, kernel.MAX_LEVELS + 1))
 def test_the_length_of_a_stretch_changes_no_bit(levels, interpret, monkeypatch):
     # Only large matrices get the long ones.
     monkeypatch.setattr(kernel, "levels_for", lambda batch, rows, strips: levels)
@@ -85,9 +85,9 @@ def test_the_length_of_a_stretch_changes_no_bit(levels, interpret, monkeypatch):
 
 
 def test_long_stretches_where_enough_thread_blocks_remain():
-    assert kernel.levels_for(1, 65536, 3) == kernel._MAX_LEVELS
+    assert kernel.levels_for(1, 65536, 3) == kernel.MAX_LEVELS
     assert kernel.levels_for(1, 4096, 1) == kernel._MIN_LEVELS
-    assert kernel.levels_for(64, 4096, 1) == kernel._MAX_LEVELS
+    assert kernel.levels_for(64, 4096, 1) == kernel.MAX_LEVELS
 
 
 @pytest.mark.parametrize(

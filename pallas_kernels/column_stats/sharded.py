@@ -1,0 +1,58 @@
+"""`column_stats` on several devices, with the bits of one: the tree of sums is cut where the array is.
+
+The rows of a shard that follow one another in the whole array, a run, divide into stretches of 2^k rows that are
+subtrees of the whole sum. Each device adds up its stretches; their sums, few and small, are exchanged, and every device
+adds them by the same tree. Minima and maxima are reduced over the devices.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from fp4jax.numerics.column_stats import stats_shape, tree_sum
+from pallas_kernels.column_stats import kernel, local
+from pallas_kernels.partition import Follows, Shards, over_shards
+
+_STRETCH = f"stretch of {kernel.ROWS} rows"
+
+
+def column_stats(x: Float[Array, "..."], *, batch_dims: int, interpret: bool) -> local.Stats:
+    """`local.column_stats` of an array that may be cut along any axis, between stretches of 8 rows."""
+
+    def of_whole(x):
+        return local.column_stats(x, batch_dims=batch_dims, interpret=interpret)
+
+    def of_shards(shards: Shards):
+        inner = _innermost_cut(shards, batch_dims)
+        after = math.prod(shards.shape[inner + 1 : -1])
+        shards.check(inner, kernel.ROWS // math.gcd(kernel.ROWS, after), _STRETCH)
+        return lambda x: _of_shard(x, shards, batch_dims, inner, interpret)
+
+    return over_shards(of_whole, of_shards, Follows({}, _STRETCH), (x,))
+
+
+def _innermost_cut(shards: Shards, batch_dims: int) -> int:
+    """The last token axis that is cut; the first one where none is."""
+    return max((axis for axis in range(batch_dims, len(shards.shape) - 1) if shards.names[axis]), default=batch_dims)
+
+
+def _of_shard(x, shards: Shards, batch_dims: int, inner: int, interpret: bool) -> local.Stats:
+    tokens = range(batch_dims, x.ndim - 1)
+    if not shards.across(tokens):
+        return local.column_stats(x, batch_dims=batch_dims, interpret=interpret)
+    columns = x.shape[-1]
+    runs = x.reshape(math.prod(x.shape[:inner]), -1, columns)
+    sums, minima, maxima = local.stretches(runs, interpret=interpret)
+    sums = sums.reshape(*x.shape[:inner], -1, columns)
+    for axis in range(batch_dims, inner + 1):
+        if shards.names[axis]:
+            sums = lax.all_gather(sums, shards.names[axis], axis=axis, tiled=True)
+    shape = stats_shape(x.shape, batch_dims)
+    of_matrix = (*x.shape[:batch_dims], -1, columns)
+    least = jnp.min(minima.reshape(of_matrix), axis=-2)
+    largest = jnp.max(maxima.reshape(of_matrix), axis=-2)
+    names = shards.across(tokens)
+    parts = tree_sum(sums.reshape(of_matrix)), lax.pmin(least, names), lax.pmax(largest, names)
+    return tuple(part.reshape(shape) for part in parts)

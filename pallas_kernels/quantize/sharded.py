@@ -1,0 +1,66 @@
+"""The quantizers on several devices: `pallas_kernels.quantize.local` on each shard, with the bits of the whole array.
+
+A shard has the amax of its whole matrix and the hashes of its rows as operands, which are cut beside it, and stochastic
+rounding counts columns from where it begins. So nothing travels between devices, but the maximum after a Hadamard
+transform, which only the kernel knows.
+"""
+
+import functools
+
+from jax import lax
+
+from fp4jax.numerics import NVFP4
+from pallas_kernels.partition import Follows, Shards, over_shards
+from pallas_kernels.quantize import local
+from pallas_kernels.quantize.local import Codes
+
+_BLOCK = f"block of {NVFP4.block}"
+
+
+def quantize_rows(x, factors, center=(), hashes=(), *, interpret: bool) -> Codes:
+    """`local.quantize_rows` of an array that may be cut along any axis, between blocks."""
+    run = functools.partial(local.quantize_rows, interpret=interpret)
+    follows = Follows({x.ndim - 1: NVFP4.block}, _BLOCK)
+    return _quantize(run, follows, x, factors, center, hashes)
+
+
+def quantize_columns(x, factors, center=(), hashes=(), *, hadamard: bool, interpret: bool) -> Codes:
+    """`local.quantize_columns` likewise; under stochastic rounding a shard holds an even number of columns."""
+    run = functools.partial(local.quantize_columns, hadamard=hadamard, interpret=interpret)
+    follows = Follows({x.ndim - 2: NVFP4.block}, _BLOCK)
+    return _quantize(run, follows, x, factors, center, hashes)
+
+
+def hadamard_amax(x, center=(), *, batch_dims: int, interpret: bool):
+    """`local.hadamard_amax` likewise: the maximum over all shards of a matrix."""
+    run = functools.partial(local.hadamard_amax, batch_dims=batch_dims, interpret=interpret)
+
+    def of_whole(x, *center):
+        return (run(x, center),)
+
+    def of_shards(shards: Shards):
+        names = shards.across(range(batch_dims, x.ndim))
+
+        def of_shard(x, *center):
+            largest = run(x, center)
+            return (lax.pmax(largest, names) if names else largest,)
+
+        return of_shard
+
+    follows = Follows({x.ndim - 2: NVFP4.block}, _BLOCK)
+    return over_shards(of_whole, of_shards, follows, (x, *center))[0]
+
+
+def _quantize(run, follows: Follows, x, factors, center, hashes) -> Codes:
+    def unflatten(operands, start=()):
+        x, factors, *rest = operands
+        return run(x, factors, tuple(rest[: len(center)]), tuple(rest[len(center) :]), start)
+
+    def of_shards(shards: Shards):
+        columns = len(shards.shape) - 1
+        moved = bool(hashes) and bool(shards.names[columns])
+        if moved:
+            shards.check(columns, 2, "the two columns of one random number")
+        return lambda *operands: unflatten(operands, (shards.start(columns),) if moved else ())
+
+    return over_shards(lambda *operands: unflatten(operands), of_shards, follows, (x, factors, *center, *hashes))

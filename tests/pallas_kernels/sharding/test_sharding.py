@@ -1,0 +1,204 @@
+"""Cut over 8 devices, the kernels give the bits of the plain-JAX path on one: codes, scales, draws and statistics."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fp4jax import numerics
+from fp4jax.numerics import NVFP4, hadamard, key_words, quantize_blocks
+from pallas_kernels import compat
+from pallas_kernels.column_stats import column_stats
+from pallas_kernels.column_stats import local as stats_local
+from pallas_kernels.column_sums import column_sums
+from pallas_kernels.quantize import elements, local, quantize_columns, quantize_rows
+from tests.pallas_kernels.quantize.test_quantize_rows import assert_same, values
+from tests.pallas_kernels.sharding import in_xla
+
+needs_interpreter = pytest.mark.skipif(not compat.CAN_INTERPRET, reason="the GPU interpreter needs JAX 0.12")
+SHAPE = (8, 64, 96)  # [sequences, tokens, features]
+CUTS = {
+    "sequences": P("data"),
+    "all axes of the mesh": P(("data", "tensor")),
+    "sequences and features": P("data", None, "tensor"),
+    "tokens": P("tensor", "data"),
+    "tokens and features": P(None, "data", "tensor"),
+    "not at all": P(),
+}
+STOCHASTIC = key_words(jax.random.key(7))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    in_xla.install(monkeypatch)
+
+
+def on(mesh, spec, function, *arrays):
+    """(what the function gives for arrays cut by `spec`, its program)."""
+    placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array in arrays]
+    program = jax.jit(function).lower(*placed).compile()
+    return program(*placed), program.as_text()
+
+
+def mean_of(x):
+    return jax.jit(numerics.column_stats)(x).mean(x.shape[0] * x.shape[1])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("variant", ["", "centered", "stochastic", "centered stochastic"])
+def test_rows(cut, variant, mesh, emulated):
+    x = values(SHAPE, jnp.bfloat16)
+    center = mean_of(x) if "centered" in variant else None
+    words = STOCHASTIC if "stochastic" in variant else None
+    run = functools.partial(quantize_rows, words=words, center=center, partitioned=True, interpret=True)
+    got, program = on(mesh, CUTS[cut], run, x)
+    want = x if center is None else x.astype(jnp.float32) - center
+    assert_same(got, jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(-1,), pack_axis=-1, words=words))(want))
+    assert_nothing_is_gathered(program)
+    assert got.codes.sharding.is_equivalent_to(NamedSharding(mesh, CUTS[cut]), 3)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("variant", ["", "stochastic", "centered stochastic", "centered stochastic hadamard"])
+def test_columns(cut, variant, mesh, emulated):
+    x = values(SHAPE, jnp.bfloat16)
+    center = mean_of(x) if "centered" in variant else None
+    words = STOCHASTIC if "stochastic" in variant else None
+    run = functools.partial(
+        quantize_columns, words=words, center=center, hadamard="hadamard" in variant, partitioned=True, interpret=True
+    )
+    got, program = on(mesh, CUTS[cut], run, x)
+    want = x if center is None else x.astype(jnp.float32) - center
+    want = hadamard(want, -2) if "hadamard" in variant else want
+    assert_same(got, jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(-2,), pack_axis=-2, words=words))(want))
+    assert_nothing_is_gathered(program)
+    assert got.codes.sharding.is_equivalent_to(NamedSharding(mesh, CUTS[cut]), 3)
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("shape", [SHAPE, (8, 96, 6)], ids=str)
+def test_column_stats(shape, cut, batch_dims, mesh, emulated):
+    x = values(shape, jnp.float32)
+    run = functools.partial(column_stats, batch_dims=batch_dims, partitioned=True, interpret=True)
+    got, program = on(mesh, CUTS[cut], run, x)
+    want = jax.jit(functools.partial(numerics.column_stats, batch_dims=batch_dims))(x)
+    for name in want._fields:
+        np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)), err_msg=name)
+    # What is gathered are sums of stretches, of 8 rows or more for these shapes.
+    assert all(size <= x.size // 8 for size in gathered(program))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_column_sums(cut, mesh, emulated):
+    q = quantize_blocks(values(SHAPE, jnp.float32), NVFP4, axes=(-2,), pack_axis=-2, words=STOCHASTIC)
+
+    def run(codes, scales):
+        return column_sums(dataclasses.replace(q, codes=codes, scales=scales), partitioned=True, interpret=True)
+
+    got, program = on(mesh, CUTS[cut], run, q.codes, q.scales)
+    values_of = np.asarray(q.dequantize(), np.float64)
+    want, scale = values_of.sum((0, 1), keepdims=True), np.abs(values_of).sum((0, 1), keepdims=True)
+    assert (np.abs(np.asarray(got) - want) <= 1e-6 * scale).all()
+    assert_nothing_is_gathered(program)
+
+
+def test_an_axis_of_the_mesh_may_cut_in_parts(mesh, emulated):
+    """32 rows cut by 4 become 2 x 16: each of the two axes is cut by a part of "data"."""
+    x = values((32, 96), jnp.bfloat16)
+
+    def run(x):
+        halves = x.reshape(2, 16, 96)
+        return quantize_rows(halves, words=STOCHASTIC, batch_dims=1, partitioned=True, interpret=True)
+
+    got, program = on(mesh, P("data"), run, x)
+    want = functools.partial(quantize_blocks, format=NVFP4, axes=(-1,), pack_axis=-1, words=STOCHASTIC, batch_dims=1)
+    assert_same(got, jax.jit(want)(x.reshape(2, 16, 96)))
+    # A program's results are cut by whole axes, so codes are gathered behind the kernel; x is not.
+    assert max(gathered(program)) < x.size
+
+
+def gathered(program: str) -> list[int]:
+    """Elements of every array that an all-gather makes; none travels in another way but by reductions."""
+    assert not re.findall(r"all-to-all|collective-permute", program)
+    made = re.findall(r" = (.*?) all-gather[\w-]*\(", program)
+    shapes = [shape for types in made for shape in re.findall(r"\w+\[([\d,]*)\]", types)]
+    return [int(np.prod([int(size) for size in shape.split(",") if size])) for shape in shapes]
+
+
+def assert_nothing_is_gathered(program: str) -> None:
+    assert gathered(program) == []
+
+
+@pytest.mark.parametrize(
+    "kernel, shape, spec, message",
+    [
+        (quantize_rows, (4, 32, 96), P(None, None, "data"), r"axis -1 .* into 4 shards by the mesh's 'data'.*block of"),
+        (quantize_columns, (4, 32, 96), P(None, ("data", "tensor")), r"axis -2 .* 8 shards .* 'data', 'tensor'.*block"),
+        (quantize_columns, (4, 20, 32), P(None, "tensor"), r"axis -2 .* shape \(4, 20, 32\) .* divides by 32"),
+        (column_stats, (8, 20, 32), P("tensor", "data"), r"axis -2 .*'data'.* stretch of 8 rows.*divides by 32"),
+    ],
+    ids=["rows", "columns", "padding", "stats"],
+)
+def test_a_shard_that_would_cut_a_block_is_refused(kernel, shape, spec, message, mesh, emulated):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{message}.*or use backend"):
+        on(mesh, spec, functools.partial(kernel, partitioned=True, interpret=True), values(shape, jnp.bfloat16))
+
+
+def test_one_random_number_for_two_columns_is_not_cut(mesh, emulated):
+    x = values((32, 6), jnp.float32)
+    plain = functools.partial(quantize_columns, partitioned=True, interpret=True)
+    on(mesh, P(None, "tensor"), plain, x)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="axis -1 .*the two columns of one random number"):
+        on(mesh, P(None, "tensor"), functools.partial(plain, words=STOCHASTIC), x)
+
+
+# The kernels themselves, a shard at a time.
+
+
+@needs_interpreter
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_a_kernel_counts_from_where_its_shard_begins(columns, dtype):
+    x = values((3, 32, 96), dtype)
+    axis = -2 if columns else -1
+    want = jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(axis,), pack_axis=axis, words=STOCHASTIC))(x)
+    factors = elements.factors(want.amax)
+    hashes = tuple(h.reshape(3, 32) for h in elements.row_hashes(STOCHASTIC, 1, 96))
+    run = functools.partial(local.quantize_columns, hadamard=False) if columns else local.quantize_rows
+    for start, stop in ((0, 48), (48, 96)):
+        here = slice(start, stop)
+        there = here if columns else slice(start // 2, stop // 2)
+        begins = (jnp.full(1, start, jnp.uint32),)
+        codes, scales = run(x[1:, 16:, here], factors, (), tuple(h[1:, 16:] for h in hashes), begins, interpret=True)
+        rows = slice(8, None) if columns else slice(16, None)
+        np.testing.assert_array_equal(np.asarray(codes), np.asarray(want.codes[1:, rows, there]))
+        blocks = (slice(1, None), here) if columns else (slice(16, None), slice(start // 16, stop // 16))
+        np.testing.assert_array_equal(np.asarray(scales), np.asarray(want.scales[1:][:, *blocks]))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rows", [8, 24, 32, 96])
+def test_stretches_are_subtrees(rows):
+    x = values((4 * rows, 256), jnp.float32)
+    sums, minima, maxima = stats_local.stretches(x.reshape(4, rows, 256), interpret=True)
+    want = jax.jit(numerics.column_stats)(x)
+    assert sums.shape[1] == rows // (rows & -rows)
+    got = numerics.ColumnStats(
+        stats_local.tree_sum(sums.reshape(-1, 256))[None],
+        jnp.min(minima, axis=0),
+        jnp.max(maxima, axis=0),
+    )
+    for name in want._fields:
+        np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)), err_msg=name)

@@ -1,0 +1,111 @@
+"""`backend="pallas"` on a mesh of 8 devices: the bits of one device in all that is prepared, and nothing gathered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels.column_stats
+import pallas_kernels.column_sums
+import pallas_kernels.quantize
+from fp4jax import dot_general, prepare
+from tests.contract import assert_close
+from tests.pallas_kernels.sharding import in_xla
+from tests.pallas_kernels.sharding.test_sharding import gathered
+
+DIMENSIONS = (((2,), (0,)), ((), ()))
+KERNELS = (
+    (pallas_kernels.quantize, "quantize_rows"),
+    (pallas_kernels.quantize, "quantize_columns"),
+    (pallas_kernels.column_stats, "column_stats"),
+    (pallas_kernels.column_sums, "column_sums"),
+)
+RECIPES = ["nvfp4", "nvfp4_hadamard", "averis", "averis_centered"]
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+CUTS = {
+    "data": ((8, 1, 1), (P("data"), P(), P("data"))),
+    "fsdp": ((1, 8, 1), (P("fsdp"), P("fsdp"), P("fsdp"))),
+    "column parallel": ((2, 2, 2), (P(BATCH), P("fsdp", "tensor"), P(BATCH, None, "tensor"))),
+    "sequence": ((4, 1, 2), (P("data", "tensor"), P(None, "tensor"), P("data", "tensor"))),
+}
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(autouse=True)
+def kernels_in_xla(monkeypatch):
+    """Plain JAX in the place of the kernels, cut over devices as these are."""
+    in_xla.install(monkeypatch)
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    monkeypatch.setattr(pallas_kernels.quantize, "unsupported_reason", lambda device=None: None)
+
+
+def tensors():
+    x, w, g = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(jax.random.split(KEY, 3), [(8, 64, 128), (128, 64), (8, 64, 64)], strict=True)
+    )
+    return x + jnp.arange(128.0, dtype=jnp.bfloat16)[None, None] / 8, w, g
+
+
+def both(recipe):
+    """(what is prepared, output and gradients); a new function, because the trace depends on the mesh."""
+    dot = functools.partial(dot_general, dimension_numbers=DIMENSIONS, recipe=recipe, key=KEY, backend="pallas")
+
+    def run(x, w, g):
+        prepared = prepare(x, recipe, key=KEY, backend="pallas"), prepare(w, recipe, "rhs", key=KEY, backend="pallas")
+        y, pull = jax.vjp(dot, x, w)
+        return prepared, (y, *pull(g))
+
+    return run
+
+
+@functools.cache
+def on_one_device(recipe):
+    device = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    with jax.set_mesh(device):
+        return jax.jit(both(recipe))(*tensors())
+
+
+@pytest.mark.parametrize(
+    "recipe, cut, kind",
+    [
+        ("nvfp4", "fsdp", AxisType.Auto),
+        ("averis", "data", AxisType.Auto),
+        ("averis", "sequence", AxisType.Auto),
+        ("nvfp4_hadamard", "column parallel", AxisType.Auto),
+        ("averis_centered", "column parallel", AxisType.Explicit),
+        *(pytest.param(r, c, AxisType.Auto, marks=pytest.mark.slow) for r in RECIPES for c in CUTS),
+        *(pytest.param(r, c, AxisType.Explicit, marks=pytest.mark.slow) for r in RECIPES for c in ("data", "fsdp")),
+    ],
+    ids=str,
+)
+def test_equals_one_device(recipe, cut, kind):
+    sizes, specs = CUTS[cut]
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(kind,) * 3)
+    ranks = (3, 2, 3)
+    specs = [P(*spec, *[None] * (rank - len(spec))) for spec, rank in zip(specs, ranks, strict=True)]
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(t, NamedSharding(mesh, s)) for t, s in zip(tensors(), specs, strict=True)]
+        prepared, results = jax.jit(both(recipe))(*placed)
+    want_prepared, want_results = on_one_device(recipe)
+    for got, want in zip(jax.tree.leaves(prepared), jax.tree.leaves(want_prepared), strict=True):
+        if got.dtype == jnp.uint8:
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    assert_close(results, want_results)
+
+
+def test_a_cut_batch_is_not_gathered():
+    """Sums of stretches of rows are; the codes of W, which every device needs, are not cut here."""
+    sizes, specs = CUTS["data"]
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(t, NamedSharding(mesh, s)) for t, s in zip(tensors(), specs, strict=True)]
+        program = jax.jit(both("averis")).lower(*placed).compile().as_text()
+    found = gathered(program)
+    assert found and max(found) <= placed[0].size // 64
