@@ -35,11 +35,18 @@ def _nothing(x: Matrix) -> tuple:
     return ()
 
 
+_ROWS, _COLUMNS, _SQUARE = (-1,), (-2,), (-2, -1)
+_FUNCTIONS = {_ROWS: "quantize_rows", _COLUMNS: "quantize_columns", _SQUARE: "quantize_2d"}
+
+
 @dataclass(frozen=True)
 class _Quantization:
-    """One way to quantize, along rows or columns. The tensor maximum is given, as in training by the statistics."""
+    """One way to quantize. The tensor maximum is given, as in training by the statistics.
 
-    columns: bool = False
+    axes: of the blocks: rows, columns or, in blocks of 16x16, both.
+    """
+
+    axes: tuple[int, ...] = _ROWS
     centered: bool = False
     hadamard: bool = False
     stochastic: bool = False
@@ -47,7 +54,12 @@ class _Quantization:
     @property
     def name(self) -> str:
         words = [word for word in ("centered", "hadamard", "stochastic") if getattr(self, word)]
-        return " ".join(["quantize_columns" if self.columns else "quantize_rows", *words])
+        return " ".join([_FUNCTIONS[self.axes], *words])
+
+    @property
+    def written(self) -> float:
+        """Bytes for each element: its code, and its share of the byte of a scale."""
+        return 0.5 + 1 / NVFP4.block ** len(self.axes)
 
     @property
     def _words(self) -> Array | None:
@@ -59,17 +71,17 @@ class _Quantization:
         return center, jnp.max(jnp.abs(self._prepared(x, center)), keepdims=True)
 
     def kernel(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
-        arguments = {"amax": amax, "words": self._words, "center": center}
-        if self.columns:
-            q = quantize.quantize_columns(x, hadamard=self.hadamard, **arguments)
-        else:
-            q = quantize.quantize_rows(x, **arguments)
+        arguments = {"amax": amax, "words": self._words}
+        if self.axes != _SQUARE:
+            arguments["center"] = center
+        if self.axes == _COLUMNS:
+            arguments["hadamard"] = self.hadamard
+        q = getattr(quantize, _FUNCTIONS[self.axes])(x, **arguments)
         return q.codes, q.scales
 
     def twin(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
-        axis = -2 if self.columns else -1
         x = self._prepared(x, center)
-        q = quantize_blocks(x, NVFP4, axes=(axis,), pack_axis=axis, words=self._words, amax=amax)
+        q = quantize_blocks(x, NVFP4, axes=self.axes, pack_axis=self.axes[0], words=self._words, amax=amax)
         return q.codes, q.scales
 
     def _prepared(self, x: Matrix, center: Array | None) -> Matrix:
@@ -81,12 +93,14 @@ _QUANTIZATIONS = (
     _Quantization(),
     _Quantization(stochastic=True),
     _Quantization(centered=True),
-    _Quantization(columns=True),
-    _Quantization(columns=True, stochastic=True),
-    _Quantization(columns=True, centered=True),
-    _Quantization(columns=True, hadamard=True),
+    _Quantization(_COLUMNS),
+    _Quantization(_COLUMNS, stochastic=True),
+    _Quantization(_COLUMNS, centered=True),
+    _Quantization(_COLUMNS, hadamard=True),
+    _Quantization(_SQUARE),
+    _Quantization(_SQUARE, stochastic=True),
 )
 
 OPERATIONS = {"column_stats": Operation(column_stats_kernel.column_stats, column_stats, _nothing, written=0.0)} | {
-    each.name: Operation(each.kernel, each.twin, each.given, written=0.5 + 1 / NVFP4.block) for each in _QUANTIZATIONS
+    each.name: Operation(each.kernel, each.twin, each.given, written=each.written) for each in _QUANTIZATIONS
 }

@@ -98,6 +98,10 @@ def quantize_by_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int
     if reason := _no_kernel(rows.x.shape, operand, axis, draws):
         _report_by_xla(reason)
         return quantize_by_xla(rows, operand, axis, batch_dims, draws)
+    if operand.block:
+        x = rows.array()
+        x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+        return kernels.quantize_2d(x, batch_dims=batch_dims, amax=rows.amax, words=draws.elements, **_where())
     x, center = rows.x, rows.center
     if axis == -1 and center is not None and any(size != 1 for size in center.shape[batch_dims:-1]):
         x, center = rows.array(), None  # a mean for each sequence
@@ -108,6 +112,12 @@ def quantize_by_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int
     if axis == -1:
         return kernels.quantize_rows(x, **given)
     return kernels.quantize_columns(x, hadamard=bool(operand.hadamard), **given)
+
+
+def quantize_by_measured_kernels(rows: Rows, operand: Operand, axis: int, batch_dims: int, draws: Draws) -> QTensor:
+    """By the kernels that were measured on hardware; square blocks, whose kernel was not, by XLA."""
+    by = quantize_by_xla if operand.block else quantize_by_kernels
+    return by(rows, operand, axis, batch_dims, draws)
 
 
 def _where() -> dict[str, Any]:
@@ -126,8 +136,8 @@ def _no_kernel(shape: Shape, operand: Operand, axis: int, draws: Draws) -> str |
         return f"more than {_MOST_SEQUENCES} sequences"
     if operand.format != NVFP4:
         return f"{operand.format}"
-    if operand.block:
-        return "square blocks"
+    if operand.block and (axis != -2 or operand.hadamard):
+        return f"square blocks packed along axis {axis}" if axis != -2 else "transformed square blocks"
     if operand.candidates or operand.scale_rounding or operand.correction:
         return "block scales other than the format's own"
     if operand.hadamard and (operand.hadamard != NVFP4.block or draws.signs is not None or axis != -2):
@@ -194,14 +204,16 @@ def best() -> Quantizer:
     """The kernels on Hopper GPUs, where they were measured (docs/benchmarks.md); XLA everywhere else.
 
     They were measured on one. On several, each runs the same kernel on its shard, with the bits of one by construction.
-    The kernel of column sums was not compared with its twin on hardware: only `backend="pallas"` takes it.
+    The kernels of column sums and of square blocks were not run on hardware: only `backend="pallas"` takes them.
     """
     device = hardware.current()
     if device.capability[0] != _HOPPER:
         return by_xla()
     from pallas_kernels import quantize as kernels
 
-    return by_xla() if kernels.unsupported_reason(device) else dataclasses.replace(by_kernels(), column_sums=None)
+    if kernels.unsupported_reason(device):
+        return by_xla()
+    return dataclasses.replace(by_kernels(), quantize=quantize_by_measured_kernels, column_sums=None)
 
 
 _BY_XLA = Quantizer("XLA", quantize_by_xla)

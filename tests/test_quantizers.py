@@ -13,6 +13,7 @@ import pallas_kernels.column_stats
 import pallas_kernels.column_sums
 import pallas_kernels.quantize
 from fp4jax import dot_general, quantizers
+from fp4jax.recipes import as_recipe
 from pallas_kernels import compat
 from tests.contract import assert_identical
 
@@ -22,6 +23,7 @@ DIMENSIONS = (((2,), (0,)), ((), ()))
 KERNELS = (
     (pallas_kernels.quantize, "quantize_rows"),
     (pallas_kernels.quantize, "quantize_columns"),
+    (pallas_kernels.quantize, "quantize_2d"),
     (pallas_kernels.column_stats, "column_stats"),
     (pallas_kernels.column_sums, "column_sums"),
 )
@@ -71,6 +73,7 @@ def test_without_a_mean_all_is_identical(recipe, calls):
     assert_identical(results(recipe, "pallas"), results(recipe, "xla"))
     assert {"quantize_rows", "quantize_columns"} <= set(calls)
     assert "column_stats" not in calls
+    assert ("quantize_2d" in calls) == (recipe == "nvfp4+2d")
 
 
 @pytest.mark.parametrize("recipe", ["averis", "averis_centered", "averis_centered_hadamard"])
@@ -117,6 +120,15 @@ def test_auto_takes_the_kernels_where_they_were_measured(platforms, capability, 
         device.compute_capability = capability
     monkeypatch.setattr(quantizers.jax, "devices", lambda: devices)
     assert quantizers.best().name == chosen
+
+
+def test_auto_leaves_square_blocks_to_xla(calls):
+    """Their kernel was not run on hardware yet."""
+    w = jax.random.normal(jax.random.key(1), (48, 32), jnp.bfloat16)
+    operand = as_recipe("nvfp4+2d").fprop.rhs
+    both = (quantizers.quantize_by_measured_kernels, quantizers.quantize_by_kernels)
+    assert_identical(*(run(quantizers.Rows(w), operand, -2, 0, quantizers.Draws()) for run in both))
+    assert calls == ["quantize_2d"]
 
 
 def test_few_rows_are_left_to_xla(calls):

@@ -21,10 +21,11 @@ DIMENSIONS = (((2,), (0,)), ((), ()))
 KERNELS = (
     (pallas_kernels.quantize, "quantize_rows"),
     (pallas_kernels.quantize, "quantize_columns"),
+    (pallas_kernels.quantize, "quantize_2d"),
     (pallas_kernels.column_stats, "column_stats"),
     (pallas_kernels.column_sums, "column_sums"),
 )
-RECIPES = ["nvfp4", "nvfp4_hadamard", "averis", "averis_centered"]
+RECIPES = ["nvfp4", "nvfp4+2d", "nvfp4_hadamard", "averis", "averis_centered"]
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 CUTS = {
@@ -75,7 +76,7 @@ def on_one_device(recipe):
 @pytest.mark.parametrize(
     "recipe, cut, kind",
     [
-        ("nvfp4", "fsdp", AxisType.Auto),
+        ("nvfp4+2d", "fsdp", AxisType.Auto),
         ("averis", "data", AxisType.Auto),
         ("averis", "sequence", AxisType.Auto),
         ("nvfp4_hadamard", "column parallel", AxisType.Auto),

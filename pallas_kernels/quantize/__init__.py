@@ -1,5 +1,8 @@
-"""Quantization to NVFP4 in blocks of 1x16, along rows and along columns. Twin: `fp4jax.numerics.quantize_blocks`."""
+"""Quantization to NVFP4, in blocks of 1x16 along rows and along columns, and of 16x16.
 
-from pallas_kernels.quantize.api import quantize_columns, quantize_rows, unsupported_reason
+Twin: `fp4jax.numerics.quantize_blocks`.
+"""
 
-__all__ = ["quantize_columns", "quantize_rows", "unsupported_reason"]
+from pallas_kernels.quantize.api import quantize_2d, quantize_columns, quantize_rows, unsupported_reason
+
+__all__ = ["quantize_2d", "quantize_columns", "quantize_rows", "unsupported_reason"]

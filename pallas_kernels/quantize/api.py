@@ -1,4 +1,4 @@
-"""`quantize_rows`, `quantize_columns`: what `fp4jax.numerics.quantize_blocks` gives for 1x16 blocks, by one kernel."""
+"""`quantize_rows`, `quantize_columns`, `quantize_2d`: what `fp4jax.numerics.quantize_blocks` gives, by one kernel."""
 
 import math
 
@@ -112,6 +112,39 @@ def quantize_columns(
         # Padding must stay zero, and zero minus the center is not.
         x, center = x.astype(jnp.float32) - center, None
     return _quantize_columns(x, amax, words, center, hadamard, batch_dims, partitioned, interpret)
+
+
+def quantize_2d(
+    x: Float[Array, "*shape"],
+    format: Format = NVFP4,
+    *,
+    amax: Float32[Array, "..."] | None = None,
+    words: UInt32[Array, "2"] | None = None,
+    batch_dims: int = 0,
+    device: compat.Device | None = None,
+    partitioned: bool = False,
+    interpret: bool = False,
+) -> QTensor:
+    """Quantizes an array to NVFP4 in blocks of 16x16 over its last two axes: weights, which then equal their transpose.
+
+    Equals `quantize_blocks(x, format, axes=(-2, -1), pack_axis=-2, batch_dims=batch_dims, words=words, amax=amax)` bit
+    for bit; conditions and arguments as for `quantize_rows`, but for:
+
+    Args:
+      x: bfloat16 or float32, at least two axes behind `batch_dims`. Blocks are padded with zeros.
+
+    Raises:
+      NotImplementedError, ValueError: as `quantize_rows`.
+    """
+    _check(x, format, amax, batch_dims, device, interpret)
+    if x.ndim - batch_dims < 2:
+        raise ValueError(f"quantize_2d needs two axes behind batch_dims={batch_dims}, got shape {x.shape}")
+    amax = _largest(x, None, batch_dims) if amax is None else amax
+    hashes = () if words is None else _row_hashes(words, list(x.shape[:-1]), batch_dims)
+    run = sharded.quantize_2d if partitioned else local.quantize_2d
+    codes, scales = run(x, elements.factors(amax), hashes, interpret=interpret)
+    blocked = ((-2, x.shape[-2]), (-1, x.shape[-1]))
+    return QTensor(codes=codes, scales=scales, amax=amax, format=NVFP4, axis=-2, blocked=blocked)
 
 
 def _quantize_rows(x, amax, words, center, batch_dims: int, partitioned: bool, interpret: bool) -> QTensor:

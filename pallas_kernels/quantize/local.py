@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
 from fp4jax.numerics import NVFP4
 from fp4jax.numerics.blocks import pad_to_blocks
-from pallas_kernels.quantize import columns, rows
+from pallas_kernels.quantize import columns, rows, squares
 
 Codes = tuple[UInt8[Array, "..."], UInt8[Array, "..."]]
 """Packed codes and the bytes of the block scales, as in `QTensor`."""
@@ -95,6 +95,40 @@ def quantize_columns(
     return (
         _bytes(codes)[..., :width].reshape(*lead, -1, width),
         _bytes(scales)[..., :width].reshape(*lead, -1, width),
+    )
+
+
+def quantize_2d(
+    x: Float[Array, "..."],
+    factors: Float32[Array, "..."],
+    hashes: tuple[UInt32[Array, "..."], ...] = (),
+    start: tuple[UInt32[Array, "1"], ...] = (),
+    *,
+    interpret: bool,
+) -> Codes:
+    """Blocks of 16x16 over the last two axes, codes packed along the first of them; arguments as for `quantize_rows`.
+
+    Args:
+      x: at least two axes.
+      start: a multiple of 2.
+    """
+    *lead, _, width = x.shape
+    parts = 2 if x.dtype == jnp.bfloat16 else 1
+    full = pad_to_blocks(x, (-2, -1), NVFP4.block).reshape(math.prod(lead), -1, width + -width % NVFP4.block)
+    full = at_least(full, (0, 0, squares.STRIP * parts))
+    groups, rows_of, columns_of = full.shape
+    codes, scales = squares.quantize(
+        words(full).reshape(groups, -1, NVFP4.block, columns_of // NVFP4.block, NVFP4.block // parts),
+        factors.reshape(-1, factors.shape[-1]),
+        tuple(pad_to_blocks(h.reshape(groups, -1), (-1,), NVFP4.block) for h in hashes),
+        tuple(s // parts for s in start),
+        interpret=interpret,
+    )
+    blocks = -(-width // NVFP4.block)
+    codes = _bytes(codes.reshape(groups, rows_of // 2, -1))
+    return (
+        codes[..., : blocks * NVFP4.block].reshape(*lead, -1, blocks * NVFP4.block),
+        scales[..., :blocks].reshape(*lead, -1, blocks),
     )
 
 

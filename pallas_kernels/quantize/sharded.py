@@ -31,6 +31,17 @@ def quantize_columns(x, factors, center=(), hashes=(), *, hadamard: bool, interp
     return _quantize(run, follows, x, factors, center, hashes)
 
 
+def quantize_2d(x, factors, hashes=(), *, interpret: bool) -> Codes:
+    """`local.quantize_2d` likewise."""
+    follows = Follows({x.ndim - 2: NVFP4.block, x.ndim - 1: NVFP4.block}, f"{_BLOCK}x{NVFP4.block}")
+
+    def run(x, factors, center, hashes, start):
+        assert not center
+        return local.quantize_2d(x, factors, hashes, start, interpret=interpret)
+
+    return _quantize(run, follows, x, factors, (), hashes)
+
+
 def hadamard_amax(x, center=(), *, batch_dims: int, interpret: bool):
     """`local.hadamard_amax` likewise: the maximum over all shards of a matrix."""
     run = functools.partial(local.hadamard_amax, batch_dims=batch_dims, interpret=interpret)

@@ -1,4 +1,4 @@
-"""The kernel compiles for Hopper (sm_90a), from a description of the GPU, on a machine without one."""
+"""The kernels compile for Hopper (sm_90a) and Blackwell (sm_100a), from descriptions, on a machine without a GPU."""
 
 import importlib.util
 import math
@@ -24,30 +24,35 @@ pytestmark = [
 ]
 
 
-# dtype, shape, registers at most (128: 16 warps for each multiprocessor at least), width of a load in bits.
+ARCHITECTURES = {"h200": "sm_90a", "b200": "sm_100a"}
+
+
+# target, dtype, shape, registers at most (128: 16 warps for each multiprocessor at least), width of a load in bits.
 @pytest.fixture(
     scope="module",
     params=[
-        ("bfloat16", "1,4,1024,1024", 96, 128),
-        ("float32", "1,4,1024,3072", 96, 128),
-        ("bfloat16", "8,4096,768", 96, 32),
-        ("bfloat16", "3,1001,1024", 168, 128),
+        ("h200", "bfloat16", "1,4,1024,1024", 96, 128),
+        ("h200", "float32", "1,4,1024,3072", 96, 128),
+        ("h200", "bfloat16", "8,4096,768", 96, 32),
+        ("h200", "bfloat16", "3,1001,1024", 168, 128),
+        ("b200", "bfloat16", "1,4,1024,1024", 96, 128),
+        ("b200", "float32", "1,4,1024,3072", 96, 128),
     ],
-    ids=lambda param: " ".join(map(str, param[:2])),
+    ids=lambda param: " ".join(map(str, param[:3])),
 )
 def compiled(request, tmp_path_factory):
-    dtype, shape, registers, bits = request.param
+    target, dtype, shape, registers, bits = request.param
     dump = tmp_path_factory.mktemp("mosaic")
     settings = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     run = subprocess.run(
-        [sys.executable, HERE / "compile_for_target.py", DESCRIPTIONS / "h200.txtpb", dtype, shape],
+        [sys.executable, HERE / "compile_for_target.py", DESCRIPTIONS / f"{target}.txtpb", dtype, shape],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **settings},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return dump, run.stdout, registers, bits
+    return dump, run.stdout, registers, bits, ARCHITECTURES[target]
 
 
 def read(dump: Path, suffix: str) -> str:
@@ -58,7 +63,7 @@ def read(dump: Path, suffix: str) -> str:
 
 def test_no_register_spills(compiled):
     report = read(compiled[0], "ptxas")
-    assert "for 'sm_90a'" in report
+    assert f"for '{compiled[4]}'" in report
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills.groups() == ("0", "0", "0")
     assert 0 < int(re.search(r"Used (\d+) registers", report)[1]) <= compiled[2]

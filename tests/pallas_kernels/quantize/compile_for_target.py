@@ -1,6 +1,6 @@
 """Compiles a quantizer for a GPU that is not there: `compile_for_target.py DESCRIPTION KERNEL DTYPE SHAPE`.
 
-KERNEL: rows or columns, then any of stochastic, centered, hadamard, joined by hyphens.
+KERNEL: rows, columns or 2d, then any of stochastic, centered, hadamard, joined by hyphens.
 
 Prints the optimized HLO. One process for each program: Mosaic keeps compiled kernels without regard to the target.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels.quantize import quantize_columns, quantize_rows, unsupported_reason
+from pallas_kernels.quantize import quantize_2d, quantize_columns, quantize_rows, unsupported_reason
 
 
 def main(description: str, kernel: str, dtype: str, shape: str) -> None:
@@ -34,6 +34,8 @@ def main(description: str, kernel: str, dtype: str, shape: str) -> None:
         arguments = {"amax": amax * 2, "batch_dims": 1, "device": device}
         if "stochastic" in variants:
             arguments["words"] = words
+        if orientation == "2d":
+            return quantize_2d(x, **arguments)
         if "centered" in variants:
             arguments["center"] = center
         if orientation == "rows":

@@ -1,4 +1,4 @@
-"""The kernel compiles for Hopper (sm_90a), from a description of the GPU, on a machine without one."""
+"""The kernels compile for Hopper (sm_90a) and Blackwell (sm_100a), from descriptions, on a machine without a GPU."""
 
 import importlib.util
 import math
@@ -14,8 +14,10 @@ from fp4jax.plan.targets import DESCRIPTIONS
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
-# Blocks of 128 threads on each multiprocessor at least: 4 for rows, 2 for columns, with 16 reads a lane under way.
-MAX_REGISTERS = {"rows": 128, "columns": 255}
+# Blocks of 128 threads on each multiprocessor at least: 4 for rows, 2 for others, with 16 reads a lane under way.
+MAX_REGISTERS = {"rows": 128, "columns": 255, "2d": 255}
+
+ARCHITECTURES = {"h200": "sm_90a", "b200": "sm_100a"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,26 +31,33 @@ pytestmark = [
 @pytest.fixture(
     scope="module",
     params=[
-        ("rows", "bfloat16", "1,16,4096,1024"),
-        ("rows-stochastic-centered", "bfloat16", "1,16,4096,3072"),
-        ("rows", "float32", "1,16,4096,1024"),
-        ("rows-stochastic", "float32", "8,4096,3072"),
-        ("columns", "bfloat16", "1,16,4096,1024"),
-        ("columns-stochastic-centered", "bfloat16", "1,16,4096,3072"),
-        ("columns-stochastic-centered-hadamard", "bfloat16", "8,4096,3072"),
-        ("columns-stochastic", "float32", "8,4096,3072"),
+        ("h200", "rows", "bfloat16", "1,16,4096,1024"),
+        ("h200", "rows-stochastic-centered", "bfloat16", "1,16,4096,3072"),
+        ("h200", "rows", "float32", "1,16,4096,1024"),
+        ("h200", "rows-stochastic", "float32", "8,4096,3072"),
+        ("h200", "columns", "bfloat16", "1,16,4096,1024"),
+        ("h200", "columns-stochastic-centered", "bfloat16", "1,16,4096,3072"),
+        ("h200", "columns-stochastic-centered-hadamard", "bfloat16", "8,4096,3072"),
+        ("h200", "columns-stochastic", "float32", "8,4096,3072"),
+        ("h200", "2d", "bfloat16", "1,1024,3072"),
+        ("h200", "2d-stochastic", "float32", "8,1024,3072"),
+        ("b200", "2d-stochastic", "bfloat16", "1,1024,3072"),
+        ("b200", "rows-stochastic-centered", "bfloat16", "1,16,4096,3072"),
+        ("b200", "rows-stochastic", "float32", "8,4096,3072"),
+        ("b200", "columns-stochastic-centered-hadamard", "bfloat16", "8,4096,3072"),
+        ("b200", "columns-stochastic", "float32", "8,4096,3072"),
     ],
     ids=" ".join,
 )
 def compiled(request, tmp_path_factory):
-    kernel, dtype, shape = request.param
+    target, kernel, dtype, shape = request.param
     dump = tmp_path_factory.mktemp("mosaic")
     settings = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     run = subprocess.run(
         [
             sys.executable,
             HERE / "compile_for_target.py",
-            DESCRIPTIONS / "h200.txtpb",
+            DESCRIPTIONS / f"{target}.txtpb",
             *(kernel, dtype, shape),
         ],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **settings},
@@ -57,7 +66,7 @@ def compiled(request, tmp_path_factory):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return dump, kernel, run.stdout
+    return dump, kernel, run.stdout, ARCHITECTURES[target]
 
 
 def read(dump: Path, suffix: str) -> str:
@@ -68,7 +77,7 @@ def read(dump: Path, suffix: str) -> str:
 
 def test_no_register_spills(compiled):
     report = read(compiled[0], "ptxas")
-    assert "for 'sm_90a'" in report
+    assert f"for '{compiled[3]}'" in report
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills.groups() == ("0", "0", "0")
     assert 0 < int(re.search(r"Used (\d+) registers", report)[1]) <= MAX_REGISTERS[compiled[1].partition("-")[0]]
@@ -77,22 +86,31 @@ def test_no_register_spills(compiled):
 def test_wide_accesses(compiled):
     ptx = read(compiled[0], "ptx")
     if compiled[1].startswith("rows"):  # 32 bfloat16 or 16 float32 values in flight for each lane; centers beside them
-        assert len(re.findall(r"\bld\.v4\.b32", ptx)) >= 4
+        assert len(re.findall(r"\bld\.(?:v4\.b32|v2\.b64)", ptx)) >= 4
         assert re.search(r"\bst\.v(?:2\.b32|4\.b16)", ptx)
     else:  # 8 bytes a lane, neighbours side by side, for each of 16 rows
-        assert len(re.findall(r"\bld\.v2\.b32", ptx)) >= 16
+        assert len(re.findall(r"\bld\.(?:v2\.b32|b64)", ptx)) >= 16
         assert re.search(r"\bst\.(?:b32|v2\.b8)", ptx)
 
 
 def test_arithmetic_is_exact(compiled):
     """No approximate instruction, and no fused multiply-add but by a power of two: those could differ from the twin."""
     ptx = read(compiled[0], "ptx")
-    assert ".target sm_90a" in ptx
+    assert f".target {compiled[3]}" in ptx
     assert not re.findall(r"\b(?:rcp|div|ex2|lg2)\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*", ptx)
-    fused = re.findall(r"\bfma\S*\s+(.*);", ptx)
+    fused = [operands.split(", ") for operands in re.findall(r"\bfma\S*\s+(.*);", ptx)]
     assert fused
-    half_and_two = ("0f3F000000", "0f40000000")
-    assert all(any(constant in operands for constant in half_and_two) for operands in fused)
+    for _, *factors, _ in fused:
+        assert any(constant(factor, ptx) in ("0f3F000000", "0f40000000") for factor in factors), factors
+
+
+def constant(factor: str, ptx: str) -> str:
+    """The constant that a factor is: as it stands, or on Blackwell a pair of one in registers."""
+    pair = re.search(rf"mov\.b64\s+{re.escape(factor)}, \{{(%r\d+), \1\}};", ptx)
+    if pair is None:
+        return factor
+    value = re.search(rf"mov\.b32\s+{re.escape(pair[1])}, (\S+);", ptx)
+    return value[1] if value else factor
 
 
 def test_reshapes_and_bitcasts_copy_nothing(compiled):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp4jax.numerics import NVFP4, hadamard, rounding
-from fp4jax.numerics.blocks import pad_to_blocks
+from fp4jax.numerics.blocks import blocked_shape, pad_to_blocks
 from fp4jax.numerics.column_stats import tree_sum
 from fp4jax.numerics.hadamard import SIGNS
 from fp4jax.numerics.scales import largest_magnitude
@@ -23,6 +23,7 @@ def install(monkeypatch) -> None:
     for module, function in (
         (local, quantize_rows),
         (local, quantize_columns),
+        (local, quantize_2d),
         (local, hadamard_amax),
         (sums_local, column_sums),
         (stats_local.kernel, partial_stats),
@@ -39,6 +40,15 @@ def quantize_columns(x, factors, center=(), hashes=(), start=(), *, hadamard, in
     del interpret
     x = _transformed(x, center) if hadamard else _centered(x, center)
     return _quantized(x, factors, hashes, start, -2)
+
+
+def quantize_2d(x, factors, hashes=(), start=(), *, interpret):
+    del interpret
+    x = pad_to_blocks(x.astype(jnp.float32), (-2, -1), NVFP4.block)
+    blocks = x.reshape(blocked_shape(x.shape, (-2, -1), NVFP4.block))
+    scales, multipliers = elements.block_scale(jnp.max(jnp.abs(blocks), axis=(-3, -1)), _by_matrix(factors))
+    scaled = (blocks * jnp.expand_dims(multipliers, (-3, -1))).reshape(x.shape)
+    return _packed(scaled, hashes, start, -2), scales
 
 
 def hadamard_amax(x, center=(), *, batch_dims, interpret):
@@ -82,17 +92,24 @@ def _quantized(x, factors, hashes, start, axis):
     x = pad_to_blocks(x, (axis,), NVFP4.block)
     at = axis % x.ndim
     blocks = x.reshape(*x.shape[:at], -1, NVFP4.block, *x.shape[at + 1 :])
-    by_matrix = [factors[..., i] for i in range(elements.FACTORS)]
-    scales, multipliers = elements.block_scale(jnp.max(jnp.abs(blocks), axis=at + 1), by_matrix)
+    scales, multipliers = elements.block_scale(jnp.max(jnp.abs(blocks), axis=at + 1), _by_matrix(factors))
     scaled = (blocks * jnp.expand_dims(multipliers, at + 1)).reshape(x.shape)
+    return _packed(scaled, hashes, start, axis), scales
+
+
+def _by_matrix(factors):
+    return [factors[..., i] for i in range(elements.FACTORS)]
+
+
+def _packed(scaled, hashes, start, axis):
     if not hashes:
-        return rounding.pack(rounding.encode_nearest(scaled, NVFP4.element), axis), scales
-    column = lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1)
+        return rounding.pack(rounding.encode_nearest(scaled, NVFP4.element), axis)
+    column = lax.broadcasted_iota(jnp.uint32, scaled.shape, scaled.ndim - 1)
     if start:
         column = column + start[0][0]
     a, b = (h[..., None] for h in hashes)
     if axis == -2:  # hashes of the padding are never used: zero is rounded to zero
-        a, b = (jnp.pad(h, [*[(0, 0)] * (h.ndim - 2), (0, x.shape[-2] - h.shape[-2]), (0, 0)]) for h in (a, b))
+        a, b = (jnp.pad(h, [*[(0, 0)] * (h.ndim - 2), (0, scaled.shape[-2] - h.shape[-2]), (0, 0)]) for h in (a, b))
     even, odd = elements.halves(elements.pair_hash(a, b, column >> 1))
     draws = jnp.where(column & 1 == 1, odd, even)
-    return rounding.pack(rounding.encode_stochastic(scaled, NVFP4.element, draws), axis), scales
+    return rounding.pack(rounding.encode_stochastic(scaled, NVFP4.element, draws), axis)

@@ -17,7 +17,7 @@ from pallas_kernels import compat
 from pallas_kernels.column_stats import column_stats
 from pallas_kernels.column_stats import local as stats_local
 from pallas_kernels.column_sums import column_sums
-from pallas_kernels.quantize import elements, local, quantize_columns, quantize_rows
+from pallas_kernels.quantize import elements, local, quantize_2d, quantize_columns, quantize_rows
 from tests.pallas_kernels.quantize.test_quantize_rows import assert_same, values
 from tests.pallas_kernels.sharding import in_xla
 
@@ -86,6 +86,18 @@ def test_columns(cut, variant, mesh, emulated):
     assert got.codes.sharding.is_equivalent_to(NamedSharding(mesh, CUTS[cut]), 3)
 
 
+@pytest.mark.parametrize("words", [None, STOCHASTIC], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("spec", [P("data"), P("tensor", "data"), P(None, ("tensor", "data"))], ids=str)
+def test_2d(spec, words, mesh, emulated):
+    x = values((64, 256), jnp.float32)
+    got, program = on(mesh, spec, functools.partial(quantize_2d, words=words, partitioned=True, interpret=True), x)
+    twin = functools.partial(quantize_blocks, format=NVFP4, axes=(-2, -1), pack_axis=-2, words=words)
+    assert_same(got, jax.jit(twin)(x))
+    assert_nothing_is_gathered(program)
+    for part in (got.codes, got.scales):
+        assert part.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
 @pytest.mark.parametrize("batch_dims", [0, 1])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("shape", [SHAPE, (8, 96, 6)], ids=str)
@@ -146,10 +158,11 @@ def assert_nothing_is_gathered(program: str) -> None:
     [
         (quantize_rows, (4, 32, 96), P(None, None, "data"), r"axis -1 .* into 4 shards by the mesh's 'data'.*block of"),
         (quantize_columns, (4, 32, 96), P(None, ("data", "tensor")), r"axis -2 .* 8 shards .* 'data', 'tensor'.*block"),
+        (quantize_2d, (32, 96), P("data"), r"axis -2 .* into 4 shards .*block of 16x16"),
         (quantize_columns, (4, 20, 32), P(None, "tensor"), r"axis -2 .* shape \(4, 20, 32\) .* divides by 32"),
         (column_stats, (8, 20, 32), P("tensor", "data"), r"axis -2 .*'data'.* stretch of 8 rows.*divides by 32"),
     ],
-    ids=["rows", "columns", "padding", "stats"],
+    ids=["rows", "columns", "2d", "padding", "stats"],
 )
 def test_a_shard_that_would_cut_a_block_is_refused(kernel, shape, spec, message, mesh, emulated):
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"{message}.*or use backend"):
