@@ -18,15 +18,19 @@ from fp4jax.layout import BATCH_AXES
 from fp4jax.numerics import key_words
 from fp4jax.numerics.splits import column_mean
 from fp4jax.operands import D_SLOTS, X_SLOTS, prepare_tokens, prepare_weights
-from fp4jax.recipes import list_recipes, recipe
+from fp4jax.recipes import LowRankSplit, list_recipes, recipe
 from tests import contract
 
 SEQUENCES, LENGTH, WIDTH, EXPERTS, SLOTS = 8, 64, 128, 4, 128
 KEY = jax.random.key(7)
 # Their factors come of products over all tokens, whose order of addition is the compiler's.
-LOW_RANK = {name for name in list_recipes() if "metis" in name}
-# Its scale is a mean over the matrix, in the compiler's order too.
-ABSMEAN = {"ternary_absmean"}
+LOW_RANK = {
+    name
+    for name in list_recipes()
+    if any(isinstance(operand.split, LowRankSplit) for operand in recipe(name).slots.values())
+}
+# Their scales are means of magnitudes over a matrix or a row, in the compiler's order too.
+ABSMEAN = {"ternary", "ternary_absmean"}
 QUICK = ("averis_hadamard+sr_all", "averis_centered+nearest", "nvfp4")
 
 # The mesh, and what shards tokens, features of tokens, and rows and columns of weights.
