@@ -114,7 +114,9 @@ def emulated(kind: str) -> Callable[[QTensor, QTensor], Array]:
             result = gemm.contract_tokens(*parts, as_recipe("nvfp4"), left.shape, 0, execution, None, None)
         else:
             axis = CONTRACTED[kind][1][0] - 2
-            result = gemm.contract_features(Part(left), Part(right), axis, 0, execution, None, None, jnp.dtype(jnp.bfloat16))
+            result = gemm.contract_features(
+                Part(left), Part(right), axis, 0, execution, None, None, jnp.dtype(jnp.bfloat16)
+            )
         return result.astype(jnp.bfloat16)
 
     return product

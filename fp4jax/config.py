@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import ml_collections
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")
-"""The axes that split a batch."""
+from fp4jax.axes import MESH_AXES
 
 MOE_MODEL = "qwen3_moe"
 

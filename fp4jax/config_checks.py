@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import ml_collections
 
-from fp4jax.config import BATCH_AXES, MOE_MODEL, ConfigError, check_key, default_config, flatten, mesh_shape
+from fp4jax.axes import BATCH_AXES
+from fp4jax.config import MOE_MODEL, ConfigError, check_key, default_config, flatten, mesh_shape
 
 SEQUENCE_BLOCK = 16
 """The weight gradient's blocks run along the sequence: 16 tokens share a scale."""

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
-from fp4jax.config import BATCH_AXES
+from fp4jax.axes import BATCH_AXES
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # Of parameters, by the names in their NNX metadata.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from fp4jax.config import MESH_AXES
+from fp4jax.axes import MESH_AXES
 from fp4jax.layout import LOGICAL_AXES, partition_spec, place
 
 SIZES = (1, 2, 2, 2)

@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fp4jax.config import MESH_AXES, mesh_of
+from fp4jax.axes import BATCH_AXES, MESH_AXES
+from fp4jax.config import mesh_of
 from fp4jax.dot import implementation
-from fp4jax.layout import BATCH_AXES
 from fp4jax.numerics import key_words
 from fp4jax.numerics.splits import column_mean
 from fp4jax.operands import D_SLOTS, X_SLOTS, prepare_tokens, prepare_weights

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from fp4jax.config import BATCH_AXES
+from fp4jax.axes import BATCH_AXES
 from fp4jax.layout import LOGICAL_AXES, auto_axes, place
 
 LOGITS_AT_ONCE = 1 << 27

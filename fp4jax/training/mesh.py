@@ -7,7 +7,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fp4jax.config import MESH_AXES, mesh_shape
+from fp4jax.axes import MESH_AXES
+from fp4jax.config import mesh_shape
 from fp4jax.layout import BATCH
 
 

@@ -6,7 +6,8 @@ import jax
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from fp4jax.config import BATCH_AXES, ConfigError
+from fp4jax.axes import BATCH_AXES
+from fp4jax.config import ConfigError
 from fp4jax.data.pipeline import Dataset, open_dataset
 from fp4jax.layout import BATCH
 

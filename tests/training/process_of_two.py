@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from fp4jax import distributed
-from fp4jax.config import MESH_AXES, ConfigError, mesh_of
+from fp4jax.axes import MESH_AXES
+from fp4jax.config import ConfigError, mesh_of
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.preemption import Agreement, StopRequest
 from fp4jax.training.shares import batch_share
