@@ -44,5 +44,9 @@ def once_a_step(choice: str, high_precision: bool) -> bool:
 
 
 def _placed(prepared: PyTree, axes: tuple[str | None, ...]) -> PyTree:
-    """Every array of it has the kernel's axes, whole, packed, in blocks or of size 1."""
-    return jax.tree.map(lambda leaf: place(leaf, axes), prepared)
+    """Every array of it has the kernel's axes, packed or not; one there twice is placed once."""
+    placed: dict[int, Array] = {}
+    for leaf in jax.tree.leaves(prepared):
+        if id(leaf) not in placed:
+            placed[id(leaf)] = place(leaf, axes)
+    return jax.tree.map(lambda leaf: placed[id(leaf)], prepared)

@@ -12,8 +12,8 @@ from fp4jax.plan.program import Executions
 from fp4jax.plan.step import kernel_shapes, weight_gathers
 from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.training.mesh import make_mesh, put_batch
-from fp4jax.training.state import on_mesh
-from fp4jax.training.step import abstract_train_step, loss_and_gradients
+from fp4jax.training.state import model_template, on_mesh, sharded_abstract_params
+from fp4jax.training.step import loss_and_gradients
 from tests.training.test_step import prepared, run_steps
 
 pytestmark = pytest.mark.standard_promotion
@@ -57,33 +57,35 @@ def test_one_step_in_fp4(wide_config, batch, recipe):
     assert difference <= 1e-3 * whole
 
 
-def gathers(config, sizes, **model):
-    config.mesh.update(sizes)
-    config.model.update(model)
-    mesh = make_mesh(config.mesh)
-    step, state, batch = abstract_train_step(config, mesh)
+def gathered_when_prepared(config, **changes):
+    """(every kind of array that is gathered, bytes of kernels) on eight devices while a step's kernels are prepared."""
+    config.mesh.fsdp, config.recipe = 8, changes.pop("recipe", "averis")
+    config.model.update(changes)
+    mesh, template = make_mesh(config.mesh), model_template(config)
     with jax.set_mesh(mesh):
-        compiled = step.lower(state, batch).compile({"xla_backend_optimization_level": 0})
-    found = Executions(Program(compiled.as_text())).gathers()
-    return found, weight_gathers(found, kernel_shapes(config), config.mesh.tensor)
+        prepare = jax.jit(lambda params, key: template.merge(params).prepare_weights(key))
+        lowered = prepare.lower(sharded_abstract_params(template, mesh), jax.random.key(0))
+        program = Program(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+    found = Executions(program).gathers()
+    return found, weight_gathers(found, kernel_shapes(config), tensor=1)
 
 
-@pytest.mark.parametrize(
-    "choice, microbatches", [("auto", 1), pytest.param("step", 2, marks=pytest.mark.slow)], ids=str
-)
-def test_kernels_travel_as_codes_and_scales_once_a_step(wide_config, choice, microbatches):
-    wide_config.recipe, wide_config.microbatches, wide_config.batch_size = "averis", microbatches, 16
-    found, of_kernels = gathers(wide_config, {"fsdp": 8}, gather_weights=choice)
-    elements = wide_config.model.num_layers * 128 * (4 * 128 + 3 * 256)
-    assert of_kernels == 2 * elements * 9 // 16  # two packings of 4 bits, and a byte for 16
-    shapes = {f"{k},{n}" for k, n in kernel_shapes(wide_config)}
-    assert not [array for array in found if not array.startswith("u8") and array[:-1].split("[")[1] in shapes]
+def elements(config):
+    return config.model.num_layers * 128 * (4 * 128 + 3 * 256)
 
 
-@pytest.mark.slow
-def test_kernels_in_high_precision_are_gathered_where_a_layer_needs_them(wide_config):
-    wide_config.batch_size = 16
-    elements = wide_config.model.num_layers * 128 * (4 * 128 + 3 * 256)
-    _, each_time = gathers(wide_config, {"fsdp": 8})
-    _, once = gathers(wide_config, {"fsdp": 8}, gather_weights="step")
-    assert once == 4 * elements < each_time  # float32, as the activations
+def test_kernels_travel_as_codes_and_scales(wide_config):
+    """Two packings of 4 bits an element, and a byte for 16. Whole steps: tests/plan/test_compile.py."""
+    found, of_kernels = gathered_when_prepared(wide_config)
+    assert of_kernels == 2 * elements(wide_config) * 9 // 16
+    assert {array.split("[")[0] for array in found} == {"u8"}
+
+
+@pytest.mark.parametrize(("recipe", "choice"), [("averis", "layer"), ("bf16", "auto"), ("bf16", "layer")])
+def test_what_layers_gather_is_not_gathered_before(wide_config, recipe, choice):
+    assert gathered_when_prepared(wide_config, recipe=recipe, gather_weights=choice)[1] == 0
+
+
+def test_kernels_in_high_precision_are_gathered_once_if_asked(wide_config):
+    _, of_kernels = gathered_when_prepared(wide_config, recipe="bf16", gather_weights="step")
+    assert of_kernels == 4 * elements(wide_config)  # float32, as the activations
