@@ -62,7 +62,7 @@ class _Quantization:
         return 0.5 + 1 / NVFP4.block ** len(self.axes)
 
     @property
-    def _words(self) -> Array | None:
+    def words(self) -> Array | None:
         return key_words(jax.random.key(1)) if self.stochastic else None
 
     def given(self, x: Matrix) -> tuple[Array | None, Array]:
@@ -71,7 +71,7 @@ class _Quantization:
         return center, jnp.max(jnp.abs(self._prepared(x, center)), keepdims=True)
 
     def kernel(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
-        arguments = {"amax": amax, "words": self._words}
+        arguments = {"amax": amax, "words": self.words}
         if self.axes != _SQUARE:
             arguments["center"] = center
         if self.axes == _COLUMNS:
@@ -81,7 +81,7 @@ class _Quantization:
 
     def twin(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
         x = self._prepared(x, center)
-        q = quantize_blocks(x, NVFP4, axes=self.axes, pack_axis=self.axes[0], words=self._words, amax=amax)
+        q = quantize_blocks(x, NVFP4, axes=self.axes, pack_axis=self.axes[0], words=self.words, amax=amax)
         return q.codes, q.scales
 
     def _prepared(self, x: Matrix, center: Array | None) -> Matrix:
@@ -101,6 +101,27 @@ _QUANTIZATIONS = (
     _Quantization(_SQUARE, stochastic=True),
 )
 
+
+def _copies(along: _Quantization, down: _Quantization) -> Operation:
+    """Both copies by one kernel, against both twins."""
+
+    def kernel(x: Matrix, center: Array | None, amax: Array) -> list[Array]:
+        arguments = {"amax": (amax, amax), "words": (along.words, down.words), "center": center}
+        return [part for q in quantize.quantize_copies(x, **arguments) for part in (q.codes, q.scales)]
+
+    def twins(*inputs) -> tuple[Array, ...]:
+        return (*along.twin(*inputs), *down.twin(*inputs))
+
+    return Operation(kernel, twins, along.given, written=along.written + down.written)
+
+
+_COPIES = {
+    "quantize_copies": _copies(_Quantization(), _Quantization(_COLUMNS)),
+    "quantize_copies centered": _copies(_Quantization(centered=True), _Quantization(_COLUMNS, centered=True)),
+    "quantize_copies stochastic": _copies(_Quantization(stochastic=True), _Quantization(_COLUMNS, stochastic=True)),
+}
+
 OPERATIONS = {"column_stats": Operation(column_stats_kernel.column_stats, column_stats, _nothing, written=0.0)} | {
     each.name: Operation(each.kernel, each.twin, each.given, written=each.written) for each in _QUANTIZATIONS
 }
+OPERATIONS |= _COPIES

@@ -3,6 +3,12 @@
 Twin: `fp4jax.numerics.quantize_blocks`.
 """
 
-from pallas_kernels.quantize.api import quantize_2d, quantize_columns, quantize_rows, unsupported_reason
+from pallas_kernels.quantize.api import (
+    quantize_2d,
+    quantize_columns,
+    quantize_copies,
+    quantize_rows,
+    unsupported_reason,
+)
 
-__all__ = ["quantize_2d", "quantize_columns", "quantize_rows", "unsupported_reason"]
+__all__ = ["quantize_2d", "quantize_columns", "quantize_copies", "quantize_rows", "unsupported_reason"]

@@ -147,6 +147,54 @@ def quantize_2d(
     return QTensor(codes=codes, scales=scales, amax=amax, format=NVFP4, axis=-2, blocked=blocked)
 
 
+def quantize_copies(
+    x: Float[Array, "*shape"],
+    *,
+    amax: tuple[Float32[Array, "..."] | None, Float32[Array, "..."] | None] = (None, None),
+    words: tuple[UInt32[Array, "2"] | None, UInt32[Array, "2"] | None] = (None, None),
+    center: Float32[Array, "..."] | None = None,
+    hadamard: bool = False,
+    batch_dims: int = 0,
+    device: compat.Device | None = None,
+    interpret: bool = False,
+) -> tuple[QTensor, QTensor]:
+    """What `quantize_rows` and `quantize_columns` give, bit for bit, in one read of x: both copies of an operand.
+
+    Args:
+      x: bfloat16 or float32, at least two axes behind `batch_dims`; 16 divides the last axis but one.
+      amax, words: of the copy along rows and of the one along columns.
+      center: one row for each matrix, subtracted for both copies.
+      hadamard: of the copy along columns.
+      batch_dims, device, interpret: as for `quantize_rows`.
+
+    Raises:
+      NotImplementedError: as `quantize_rows`; or the rows are no whole blocks.
+      ValueError: as `quantize_columns`.
+    """
+    for each in amax:
+        _check(x, NVFP4, each, batch_dims, device, interpret)
+    if x.ndim - batch_dims < 2:
+        raise ValueError(f"quantize_copies needs two axes behind batch_dims={batch_dims}, got shape {x.shape}")
+    if x.shape[-2] % NVFP4.block:
+        raise NotImplementedError(f"quantize_copies takes rows in whole blocks of 16, got shape {x.shape}")
+    expected = (*x.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 1), x.shape[-1])
+    if center is not None and center.shape != expected:
+        raise ValueError(f"center must be of shape {expected}, got {center.shape}")
+    by_row, by_column = amax
+    by_row = _largest(x, center, batch_dims) if by_row is None else by_row
+    if by_column is None and hadamard:
+        by_column = local.hadamard_amax(x, _maybe(center), batch_dims=batch_dims, interpret=interpret)
+    elif by_column is None:
+        by_column = _largest(x, center, batch_dims)
+    hashes = [() if each is None else _row_hashes(each, list(x.shape[:-1]), batch_dims) for each in words]
+    factors = elements.factors(by_row), elements.factors(by_column)
+    along, down = local.quantize_copies(x, factors, _maybe(center), *hashes, hadamard=hadamard, interpret=interpret)
+    return (
+        QTensor(*along, amax=by_row, format=NVFP4, axis=-1, blocked=((-1, x.shape[-1]),)),
+        QTensor(*down, amax=by_column, format=NVFP4, axis=-2, blocked=((-2, x.shape[-2]),)),
+    )
+
+
 def _quantize_rows(x, amax, words, center, batch_dims: int, partitioned: bool, interpret: bool) -> QTensor:
     *lead, width = x.shape
     if amax is None:

@@ -10,7 +10,7 @@ A group is one sequence: matrices of a batch have `groups / batch` of them.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -156,10 +156,10 @@ def _quantize_kernel(
         codes = [_pair_codes(x, drawn) for x, drawn in zip(scaled, draws, strict=True)]
         compat.store(
             codes_ref.at[group, block, *_every(_BITS - 1), across],
-            _side_by_side(codes).astype(codes_ref.dtype),
+            side_by_side(codes).astype(codes_ref.dtype),
             _layout(_BITS - 1),
         )
-        word = _side_by_side([scale.astype(jnp.uint32) for scale in scales])
+        word = side_by_side([scale.astype(jnp.uint32) for scale in scales])
         compat.store(scales_ref.at[group, block, across], word.astype(scales_ref.dtype), _layout(*_ALL_ROWS))
 
 
@@ -203,7 +203,7 @@ def _block(x_ref, group, block, across, centers, hadamard: bool) -> list[Float32
     if centers:
         whole = [_down_rows(center, loaded.shape) for center in centers]
         columns = [x - center for x, center in zip(columns, whole, strict=True)]
-    return [_hadamard(x) for x in columns] if hadamard else columns
+    return [transform(x, _layout) for x in columns] if hadamard else columns
 
 
 def _largest(x: Float32[Array, "2 2 2 2 strip"]) -> Float32[Array, " strip"]:
@@ -217,7 +217,7 @@ def _pair_codes(x: Float32[Array, "2 2 2 2 strip"], draws) -> UInt32[Array, "2 2
     return jnp.sum(word << second * jnp.uint32(4), axis=_BITS - 1)
 
 
-def _side_by_side(bytes_of_columns: Sequence[UInt32[Array, "..."]]) -> UInt32[Array, "..."]:
+def side_by_side(bytes_of_columns: Sequence[UInt32[Array, "..."]]) -> UInt32[Array, "..."]:
     """The bytes of the columns of a word, in one."""
     return functools.reduce(jnp.bitwise_or, [byte << 8 * i for i, byte in enumerate(bytes_of_columns)])
 
@@ -241,11 +241,11 @@ def _down_rows(x: Float32[Array, " strip"], shape) -> Float32[Array, "2 2 2 2 st
     return lax.broadcast_in_dim(x, shape, (len(shape) - 1,))
 
 
-def _hadamard(x: Float32[Array, "2 2 2 2 strip"]) -> Float32[Array, "2 2 2 2 strip"]:
-    """`numerics.hadamard` down a block: its order of additions, its rounding to bfloat16."""
-    x = x * _along_rows(SIGNS, x.shape)
+def transform(x: Float32[Array, "2 2 2 2 *strip"], layout: Callable) -> Float32[Array, "2 2 2 2 *strip"]:
+    """`numerics.hadamard` down a block: its order of additions, its rounding to bfloat16; `layout()` is that of x."""
+    x = x * _along_rows(SIGNS, x.shape, layout)
     for axis in reversed(range(_BITS)):
-        is_second = plgpu.broadcasted_iota(jnp.uint32, x.shape, axis, layout=_layout()) == 1
+        is_second = plgpu.broadcasted_iota(jnp.uint32, x.shape, axis, layout=layout()) == 1
         kept = tuple(i for i in range(x.ndim) if i != axis)
         total = jnp.sum(x, axis=axis)
         difference = jnp.sum(jnp.where(is_second, -x, x), axis=axis)
@@ -261,9 +261,9 @@ def _round_to_bfloat16(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
     return lax.bitcast_convert_type(word, jnp.float32)
 
 
-def _along_rows(signs, shape):
+def _along_rows(signs, shape, layout: Callable):
     """An array of `shape` whose entries are the signs of their rows."""
-    bits = [plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=_layout()) for axis in range(_BITS)]
+    bits = [plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=layout()) for axis in range(_BITS)]
     row = functools.reduce(lambda high, low: high * jnp.uint32(2) + low, bits)
     negative = sum(1 << i for i, sign in enumerate(signs) if sign < 0)
     return jnp.where((jnp.uint32(negative) >> row & jnp.uint32(1)) == 1, jnp.float32(-1), jnp.float32(1))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
 from fp4jax.numerics import NVFP4
 from fp4jax.numerics.blocks import pad_to_blocks
-from pallas_kernels.quantize import columns, rows, squares
+from pallas_kernels.quantize import columns, copies, rows, squares
 
 Codes = tuple[UInt8[Array, "..."], UInt8[Array, "..."]]
 """Packed codes and the bytes of the block scales, as in `QTensor`."""
@@ -130,6 +130,46 @@ def quantize_2d(
         codes[..., : blocks * NVFP4.block].reshape(*lead, -1, blocks * NVFP4.block),
         scales[..., :blocks].reshape(*lead, -1, blocks),
     )
+
+
+def quantize_copies(
+    x: Float[Array, "..."],
+    factors: tuple[Float32[Array, "..."], Float32[Array, "..."]],
+    center: tuple[Float32[Array, "..."], ...] = (),
+    row_hashes: tuple[UInt32[Array, "..."], ...] = (),
+    column_hashes: tuple[UInt32[Array, "..."], ...] = (),
+    *,
+    hadamard: bool,
+    interpret: bool,
+) -> tuple[Codes, Codes]:
+    """What `quantize_rows` and `quantize_columns` give, in one read of x; arguments as for the latter, but for:
+
+    Args:
+      x: rows in whole blocks of 16.
+      factors: of the copy along rows and of the one along columns.
+    """
+    *lead, length, width = x.shape
+    parts = 2 if x.dtype == jnp.bfloat16 else 1
+    full = pad_to_blocks(x.reshape(math.prod(lead), length, width), (-1,), NVFP4.block)
+    full = at_least(full, (0, 0, copies.STRIP * parts))
+    lanes = NVFP4.block // parts // copies.VECTOR
+    by_row, by_column = (f.reshape(-1, f.shape[-1]) for f in factors)
+    row_codes, row_scales, column_codes, column_scales = copies.quantize(
+        words(full).reshape(full.shape[0], -1, NVFP4.block, full.shape[-1] // NVFP4.block, lanes, copies.VECTOR),
+        by_row,
+        by_column,
+        tuple(c.reshape(c.shape[0], -1, lanes, copies.VECTOR) for c in _centers(center, full)),
+        *(tuple(h.reshape(-1, length) for h in hashes) for hashes in (row_hashes, column_hashes)),
+        hadamard=hadamard,
+        interpret=interpret,
+    )
+    blocks = -(-width // NVFP4.block)
+    along = (
+        row_codes.reshape(*lead, length, -1)[..., : blocks * NVFP4.block // 2],
+        row_scales.reshape(*lead, length, -1)[..., :blocks],
+    )
+    down = (_bytes(part.reshape(*lead, -1, part.shape[-1]))[..., :width] for part in (column_codes, column_scales))
+    return along, tuple(down)
 
 
 def hadamard_amax(

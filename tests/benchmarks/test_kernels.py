@@ -45,9 +45,9 @@ def inputs(operation):
 @pytest.mark.skipif(not compat.CAN_INTERPRET, reason="the GPU interpreter needs JAX 0.12.0")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_compares_like_with_like(name, monkeypatch):
-    for module, function in ((quantize, "quantize_rows"), (quantize, "quantize_columns")):
-        kernel = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *a, kernel=kernel, **k: kernel(*a, **k, interpret=True))
+    for function in ("quantize_rows", "quantize_columns", "quantize_2d", "quantize_copies"):
+        kernel = getattr(quantize, function)
+        monkeypatch.setattr(quantize, function, lambda *a, kernel=kernel, **k: kernel(*a, **k, interpret=True))
     operation = OPERATIONS[name]
     if name == "column_stats":
         operation = Operation(

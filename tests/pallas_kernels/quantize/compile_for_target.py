@@ -1,6 +1,6 @@
 """Compiles a quantizer for a GPU that is not there: `compile_for_target.py DESCRIPTION KERNEL DTYPE SHAPE`.
 
-KERNEL: rows, columns or 2d, then any of stochastic, centered, hadamard, joined by hyphens.
+KERNEL: rows, columns, 2d or copies, then any of stochastic, centered, hadamard, joined by hyphens.
 
 Prints the optimized HLO. One process for each program: Mosaic keeps compiled kernels without regard to the target.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels.quantize import quantize_2d, quantize_columns, quantize_rows, unsupported_reason
+from pallas_kernels.quantize import quantize_2d, quantize_columns, quantize_copies, quantize_rows, unsupported_reason
 
 
 def main(description: str, kernel: str, dtype: str, shape: str) -> None:
@@ -30,6 +30,13 @@ def main(description: str, kernel: str, dtype: str, shape: str) -> None:
     center = jax.ShapeDtypeStruct((x.shape[0], *units[1:], x.shape[-1]), jnp.float32, sharding=sharding)
     words = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=sharding)
 
+    def both(x, amax, center, words):
+        drawn = (words, words + 1) if "stochastic" in variants else (None, None)
+        given = {"center": center} if "centered" in variants else {}
+        return quantize_copies(
+            x, amax=(amax, amax * 2), words=drawn, hadamard="hadamard" in variants, batch_dims=1, device=device, **given
+        )
+
     def quantize(x, amax, center, words):
         arguments = {"amax": amax * 2, "batch_dims": 1, "device": device}
         if "stochastic" in variants:
@@ -41,6 +48,9 @@ def main(description: str, kernel: str, dtype: str, shape: str) -> None:
         if orientation == "rows":
             return quantize_rows(x, **arguments)
         return quantize_columns(x, hadamard="hadamard" in variants, **arguments)
+
+    if orientation == "copies":
+        quantize = both
 
     print(jax.jit(quantize).lower(x, amax, center, words).compile().as_text())
 

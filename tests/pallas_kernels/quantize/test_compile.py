@@ -15,7 +15,7 @@ from fp4jax.plan.targets import DESCRIPTIONS
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
 # Blocks of 128 threads on each multiprocessor at least: 4 for rows, 2 for others, with 16 reads a lane under way.
-MAX_REGISTERS = {"rows": 128, "columns": 255, "2d": 255}
+MAX_REGISTERS = {"rows": 128, "columns": 255, "2d": 255, "copies": 255}
 
 ARCHITECTURES = {"h200": "sm_90a", "b200": "sm_100a"}
 
@@ -39,6 +39,10 @@ pytestmark = [
         ("h200", "columns-stochastic-centered", "bfloat16", "1,16,4096,3072"),
         ("h200", "columns-stochastic-centered-hadamard", "bfloat16", "8,4096,3072"),
         ("h200", "columns-stochastic", "float32", "8,4096,3072"),
+        ("h200", "copies-centered", "bfloat16", "1,16,4096,1024"),
+        ("h200", "copies-stochastic-centered", "bfloat16", "1,16,4096,3072"),
+        ("h200", "copies-stochastic-centered-hadamard", "float32", "8,4096,3072"),
+        ("b200", "copies-stochastic-centered-hadamard", "bfloat16", "8,4096,3072"),
         ("h200", "2d", "bfloat16", "1,1024,3072"),
         ("h200", "2d-stochastic", "float32", "8,1024,3072"),
         ("b200", "2d-stochastic", "bfloat16", "1,1024,3072"),

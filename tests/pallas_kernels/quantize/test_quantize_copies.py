@@ -1,0 +1,73 @@
+"""`quantize_copies` gives both twins' bits, `numerics.quantize_blocks` along rows and columns, in one read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fp4jax.numerics import NVFP4, hadamard, key_words, quantize_blocks
+from pallas_kernels.quantize import copies, quantize_copies
+from tests.pallas_kernels.quantize.test_quantize_rows import (  # noqa: F401 (a fixture)
+    DTYPES,
+    assert_same,
+    interpret,
+    values,
+)
+
+WORDS = tuple(key_words(jax.random.key(seed)) for seed in (7, 8))
+
+
+def check(x, interpret, *, words=(None, None), center=None, transformed=False, batch_dims=0):  # noqa: F811
+    given = {"words": words, "center": center, "hadamard": transformed, "batch_dims": batch_dims}
+    got = quantize_copies(x, interpret=interpret, **given)
+
+    @jax.jit
+    def twins(x):
+        residual = x if center is None else x.astype(jnp.float32) - center
+        down = hadamard(residual, -2) if transformed else residual
+        return tuple(
+            quantize_blocks(each, NVFP4, axes=(axis,), pack_axis=axis, batch_dims=batch_dims, words=drawn)
+            for each, axis, drawn in ((residual, -1, words[0]), (down, -2, words[1]))
+        )
+
+    for copy, twin in zip(got, twins(x), strict=True):
+        assert_same(copy, twin)
+    return got
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 528), (48, 300)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_equals_both_twins(shape, dtype, interpret):  # noqa: F811
+    check(values(shape, dtype), interpret)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("transformed", [False, True], ids=["", "transformed"])
+def test_centered_and_stochastic_each_with_its_own_draws(transformed, dtype, interpret):  # noqa: F811
+    center = values((2, 1, 1, 272), jnp.float32, seed=1)
+    x = values((2, 2, 32, 272), dtype)
+    check(x, interpret, words=WORDS, center=center, transformed=transformed, batch_dims=1)
+
+
+@pytest.mark.parametrize("drawn", [0, 1], ids=["rows", "columns"])
+def test_one_copy_may_be_stochastic(drawn, interpret):  # noqa: F811
+    words = tuple(WORDS[i] if i == drawn else None for i in range(2))
+    check(values((32, 100), jnp.bfloat16), interpret, words=words)
+
+
+def test_steps_of_one_thread_block(interpret, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(copies, "_MIN_THREAD_BLOCKS", 1)
+    monkeypatch.setattr(copies, "_MAX_STEPS_PER_THREAD_BLOCK", 3)
+    check(values((7 * 16, 288), jnp.bfloat16), interpret, words=WORDS)  # a shape of this test alone
+
+
+def test_maxima_that_are_given_are_used(interpret):  # noqa: F811
+    amax = jnp.full((1, 1), 37.5), jnp.full((1, 1), 50.0)
+    got = quantize_copies(values((32, 48), jnp.bfloat16), amax=amax, interpret=interpret)
+    assert [float(copy.amax[0, 0]) for copy in got] == [37.5, 50.0]
+    assert (np.asarray(got[0].scales).max(), np.asarray(got[1].scales).max()) != (126, 126)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused():
+    with pytest.raises(NotImplementedError, match=r"rows in whole blocks of 16, got shape \(24, 32\)"):
+        quantize_copies(jnp.ones((24, 32)), interpret=True)
