@@ -75,14 +75,9 @@ def quantize(
     groups, down, _, across, lanes, _ = x.shape
     strips = pl.cdiv(across * lanes * VECTOR, STRIP)
     steps = int(np.clip(groups * down * strips // _MIN_THREAD_BLOCKS, 1, _MAX_STEPS_PER_THREAD_BLOCK))
-    pairs = x.dtype == jnp.uint32
-    of_words = jnp.uint16 if pairs else jnp.uint8
-    flags = {
-        "centered": bool(centers),
-        "row_draws": bool(row_hashes),
-        "column_draws": bool(column_hashes),
-        "hadamard": hadamard,
-    }
+    of_words, pairs = (jnp.uint16, True) if x.dtype == jnp.uint32 else (jnp.uint8, False)
+    given = {"centered": centers, "row_draws": row_hashes, "column_draws": column_hashes, "hadamard": hadamard}
+    flags = {name: bool(value) for name, value in given.items()}
     by_row = (groups, down, *_ROWS, across)
     shapes = (
         ((*by_row, lanes, *[VECTOR] * pairs), jnp.uint8),
