@@ -75,19 +75,15 @@ def quantize(
     groups, down, _, across, lanes, _ = x.shape
     strips = pl.cdiv(across * lanes * VECTOR, STRIP)
     steps = int(np.clip(groups * down * strips // _MIN_THREAD_BLOCKS, 1, _MAX_STEPS_PER_THREAD_BLOCK))
-    of_words, pairs = (jnp.uint16, True) if x.dtype == jnp.uint32 else (jnp.uint8, False)
-    given = {"centered": centers, "row_draws": row_hashes, "column_draws": column_hashes, "hadamard": hadamard}
-    flags = {name: bool(value) for name, value in given.items()}
-    by_row = (groups, down, *_ROWS, across)
-    shapes = (
-        ((*by_row, lanes, *[VECTOR] * pairs), jnp.uint8),
-        (by_row, jnp.uint8),
-        ((groups, down, *_ROWS[1:], across, lanes, VECTOR), of_words),
-        ((groups, down, across, lanes, VECTOR), of_words),
-    )
+    flags = {
+        "centered": bool(centers),
+        "row_draws": bool(row_hashes),
+        "column_draws": bool(column_hashes),
+        "hadamard": hadamard,
+    }
     row_codes, row_scales, column_codes, column_scales = plgpu.kernel(
         functools.partial(_kernel, steps=steps, **flags),
-        out_type=tuple(jax.ShapeDtypeStruct(*each) for each in shapes),
+        out_type=_results(groups, down, across, lanes, pairs=x.dtype == jnp.uint32),
         grid=(groups, pl.cdiv(down, steps), strips),
         grid_names=("groups", "rows", "columns"),
         # No memory is both read and written, so the barriers around every load and store would only cost time.
@@ -106,6 +102,17 @@ def quantize(
         row_scales.reshape(groups, down, _SIDE, across),
         column_codes.reshape(groups, down, _SIDE // 2, -1),
         column_scales.reshape(groups, down, 1, -1),
+    )
+
+
+def _results(groups: int, down: int, across: int, lanes: int, *, pairs: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Codes and scales of the copy along rows, codes and scales of the copy down the rows."""
+    by_row, of_words = (groups, down, *_ROWS, across), jnp.uint16 if pairs else jnp.uint8
+    return (
+        jax.ShapeDtypeStruct((*by_row, lanes, *[VECTOR] * pairs), jnp.uint8),
+        jax.ShapeDtypeStruct(by_row, jnp.uint8),
+        jax.ShapeDtypeStruct((groups, down, *_ROWS[1:], across, lanes, VECTOR), of_words),
+        jax.ShapeDtypeStruct((groups, down, across, lanes, VECTOR), of_words),
     )
 
 

@@ -108,6 +108,13 @@ def test_arithmetic_is_exact(compiled):
         assert any(constant(factor, ptx) in ("0f3F000000", "0f40000000") for factor in factors), factors
 
 
+def test_maxima_keep_nan(compiled):
+    """A block that holds NaN must not look finite; `max.f32` would give the other operand."""
+    ptx = read(compiled[0], "ptx")
+    maxima = re.findall(r"\bmax\S*\.f32\b", ptx)
+    assert maxima and set(maxima) == {"max.NaN.f32"}
+
+
 def constant(factor: str, ptx: str) -> str:
     """The constant that a factor is: as it stands, or on Blackwell a pair of one in registers."""
     pair = re.search(rf"mov\.b64\s+{re.escape(factor)}, \{{(%r\d+), \1\}};", ptx)
