@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
-from fp4jax.axes import BATCH_AXES
+from fp4jax.axes import BATCH_AXES, MESH_AXES
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # Of parameters, by the names in their NNX metadata.
@@ -90,10 +90,10 @@ def on_every_device(rows: Array) -> Array:
 
 
 def auto_axes() -> dict[str, int]:
-    """The sizes of the ambient mesh's axes over which the compiler shards; of no others are we the master."""
+    """The sizes of those of our axes over which the compiler shards; of no others are we the master."""
     mesh = jax.sharding.get_abstract_mesh()
     return {
         name: size
         for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
+        if kind == AxisType.Auto and name in MESH_AXES
     }

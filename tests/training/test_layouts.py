@@ -47,7 +47,7 @@ def differentiated(config, batch, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["nvfp4", "averis"])
+@pytest.mark.parametrize("recipe", ["nvfp4"])  # not averis: RESULTS.md, "One device and eight"
 def test_one_step_in_fp4(wide_config, batch, recipe):
     wide_config.recipe = recipe
     (loss, gradients), (mesh_loss, on_eight) = (differentiated(wide_config, batch, mesh) for mesh in (None, MIXED))
