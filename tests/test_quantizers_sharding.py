@@ -16,15 +16,8 @@ from fp4jax import dot_general, prepare
 from tests.contract import assert_close
 from tests.pallas_kernels.sharding import in_xla
 from tests.pallas_kernels.sharding.test_sharding import gathered
+from tests.test_quantizers import DIMENSIONS, KERNELS
 
-DIMENSIONS = (((2,), (0,)), ((), ()))
-KERNELS = (
-    (pallas_kernels.quantize, "quantize_rows"),
-    (pallas_kernels.quantize, "quantize_columns"),
-    (pallas_kernels.quantize, "quantize_2d"),
-    (pallas_kernels.column_stats, "column_stats"),
-    (pallas_kernels.column_sums, "column_sums"),
-)
 RECIPES = ["nvfp4", "nvfp4+2d", "nvfp4_hadamard", "averis", "averis_centered"]
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")

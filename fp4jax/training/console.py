@@ -4,14 +4,16 @@ import os
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from fp4jax import distributed, models
+from fp4jax import distributed, hardware, models
 from fp4jax.dot import implementation
+from fp4jax.models.layers import attention_implementation
 from fp4jax.policy import describe
 from fp4jax.recipes import Recipe, recipe
 from fp4jax.training.estimate import duration
@@ -35,6 +37,12 @@ def _products(config: ml_collections.ConfigDict, recipes: Iterable[Recipe]) -> s
     if all(recipe.is_high_precision for recipe in recipes):
         return f"{config.model.dtype}, accumulated in float32"
     return f"FP4 {execution}, accumulated in float32; quantizer: {quantizer.name}"
+
+
+def _attention(config: ml_collections.ConfigDict) -> str:
+    """What computes attention; an implementation that this device cannot run is refused here, before the first step."""
+    model = config.model
+    return attention_implementation(model.attention, jnp.dtype(model.dtype), model.head_dim, hardware.current())
 
 
 def _policy(config: ml_collections.ConfigDict) -> str:
@@ -78,6 +86,7 @@ def start_table(
         table.add_row("schedule", "\n".join(map(str, phases)))
     table.add_row("policy", _policy(config))
     table.add_row("GEMM", _products(config, recipes))
+    table.add_row("attention", _attention(config))
     table.add_row("mesh", describe_mesh(mesh))
     table.add_row("device", describe_devices(mesh))
     table.add_row("state", f"{state_bytes / 1e9:.2f} GB (float32 parameters and two moments)")

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +11,7 @@ import pytest
 from fp4jax.hardware import Hardware
 from fp4jax.models.layers import attention_implementation, causal_attention
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = Hardware("cpu", "cpu", "", 1)
 TPU = Hardware("tpu", "TPU v5 lite", "", 4)
 VOLTA = Hardware("gpu", "Tesla V100", "7.0", 1)
@@ -60,3 +66,14 @@ def test_segments_are_sequences_of_their_own():
     together = causal_attention(q, k, v, segments)
     halves = [causal_attention(q[:, part], k[:, part], v[:, part]) for part in (slice(0, 8), slice(8, 16))]
     np.testing.assert_allclose(together, jnp.concatenate(halves, axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_refuses_what_its_device_cannot_run_before_the_first_step(tmp_path):
+    command = [sys.executable, "train.py", "--config=configs/averis_tiny.py", f"--workdir={tmp_path / 'run'}"]
+    run = subprocess.run(
+        [*command, "--config.model.attention=cudnn"], cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: attention='cudnn' needs an NVIDIA GPU")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]

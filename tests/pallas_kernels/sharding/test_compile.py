@@ -1,6 +1,5 @@
 """A linear layer on the kernels, compiled for 8 GPUs that are not there: no activation is gathered, whatever is cut."""
 
-import importlib.util
 import math
 import os
 import re
@@ -11,19 +10,12 @@ from pathlib import Path
 import pytest
 
 from fp4jax.plan import kernels
+from tests.pallas_kernels.quantize.test_compile import pytestmark  # noqa: F401
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
 # The elements of W, [1024, 3072], which data parallelism gathers; a shard of X or of a gradient has 2.7 times as many.
 WEIGHTS = 1024 * 3072
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason='needs the CUDA compiler, no GPU: pip install "jax[cuda13]" (4.4 GB)',
-    ),
-]
 
 
 @pytest.fixture(
