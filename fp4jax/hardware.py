@@ -42,8 +42,8 @@ class Hardware:
 
 
 def current() -> Hardware:
-    """The device of the ambient mesh; without a mesh the first of `jax.devices()`."""
-    mesh, here = jax.sharding.get_abstract_mesh(), jax.devices()
+    """The device of the ambient mesh; without a mesh `jax.default_device`, or the first of `jax.devices()`."""
+    mesh, here = jax.sharding.get_abstract_mesh(), _devices_here()
     described = mesh.abstract_device
     if described is None or described.device_kind == here[0].device_kind:
         capability = str(getattr(here[0], "compute_capability", ""))
@@ -51,3 +51,9 @@ def current() -> Hardware:
         return Hardware(here[0].platform, here[0].device_kind, capability if known else "", len(here))
     matching = [value for name, value in _CAPABILITIES.items() if re.match(name, described.device_kind)]
     return Hardware(described.platform, described.device_kind, "".join(matching), mesh.size)
+
+
+def _devices_here() -> list[jax.Device]:
+    """Of the platform that uncommitted arrays go to."""
+    default = jax.config.jax_default_device  # a device, the name of a platform, or None
+    return jax.devices(getattr(default, "platform", default))

@@ -79,21 +79,28 @@ def causal_attention(
     With segments a token attends to the tokens before it that are in its own segment.
 
     Args:
-      implementation: "xla", which holds the scores [B, N, T, T]; "cudnn", which holds a tile of them (NVIDIA GPUs); or
+      implementation: "xla", which holds the scores [B, N, T, T]; "cudnn", which holds a tile of them, and with
+        segments a mask [B, 1, T, T] (NVIDIA GPUs); or
         "auto", as `attention_implementation` says for the device that is traced for.
 
     Raises:
       NotImplementedError: "cudnn" for operands or a device that it does not serve.
     """
-    implementation = attention_implementation(implementation, q_BxTxNxH.dtype, q_BxTxNxH.shape[-1], current())
+    _, length, _, head_dim = q_BxTxNxH.shape
+    odd_mask = segments_BxT is not None and length % 2 == 1
+    implementation = attention_implementation(implementation, q_BxTxNxH.dtype, head_dim, current(), odd_mask)
     mask = None if segments_BxT is None else (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask, is_causal=True, implementation=implementation
     )
 
 
-def attention_implementation(choice: str, dtype: jnp.dtype, head_dim: int, hardware: Hardware) -> str:
+def attention_implementation(
+    choice: str, dtype: jnp.dtype, head_dim: int, hardware: Hardware, odd_mask: bool = False
+) -> str:
     """Returns "cudnn" or "xla"; "auto" takes cuDNN's flash attention where it serves such operands.
+
+    odd_mask: there is a mask over an odd number of tokens.
 
     cuDNN sums a gradient in the order its blocks finish unless XLA_FLAGS holds --xla_gpu_deterministic_ops=true.
 
@@ -103,17 +110,19 @@ def attention_implementation(choice: str, dtype: jnp.dtype, head_dim: int, hardw
     """
     if choice not in ("auto", "xla", "cudnn"):
         raise ValueError(f"attention must be auto, xla or cudnn, got {choice!r}")
-    obstacle = None if choice == "xla" else _cudnn_obstacle(dtype, head_dim, hardware)
+    obstacle = None if choice == "xla" else _cudnn_obstacle(dtype, head_dim, hardware, odd_mask)
     if choice == "cudnn" and obstacle:
         raise NotImplementedError(f"attention='cudnn' {obstacle}; use attention='xla'")
     return "xla" if choice == "xla" or obstacle else "cudnn"
 
 
-def _cudnn_obstacle(dtype: jnp.dtype, head_dim: int, hardware: Hardware) -> str | None:
+def _cudnn_obstacle(dtype: jnp.dtype, head_dim: int, hardware: Hardware, odd_mask: bool) -> str | None:
     if hardware.capability < _CUDNN_LEAST_CAPABILITY:
         return f"needs an NVIDIA GPU of compute capability 8.0 or above, and this is {hardware}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_dim > _CUDNN_LARGEST_HEAD or head_dim % _CUDNN_HEAD_MULTIPLE:
         return f"takes heads of up to {_CUDNN_LARGEST_HEAD} in multiples of {_CUDNN_HEAD_MULTIPLE}, not {head_dim}"
+    if odd_mask:
+        return "takes segments in sequences of an even length"
     return None

@@ -49,6 +49,13 @@ def test_cudnn_where_it_is_not_served_says_what_it_takes(dtype, head_dim, hardwa
         attention_implementation("cudnn", jnp.dtype(dtype), head_dim, hardware)
 
 
+def test_segments_of_an_odd_length_are_not_cudnns():
+    arguments = jnp.dtype(jnp.bfloat16), 128, HOPPER
+    assert attention_implementation("auto", *arguments, odd_mask=True) == "xla"
+    with pytest.raises(NotImplementedError, match="segments in sequences of an even length; use attention='xla'"):
+        attention_implementation("cudnn", *arguments, odd_mask=True)
+
+
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="attention must be auto, xla or cudnn, got 'flash'"):
         attention_implementation("flash", jnp.dtype(jnp.bfloat16), 128, HOPPER)
