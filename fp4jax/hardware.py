@@ -53,7 +53,7 @@ def current() -> Hardware:
     return Hardware(described.platform, described.device_kind, "".join(matching), mesh.size)
 
 
-def _devices_here() -> list[jax.Device]:
+def _devices_here() -> list:
     """Of the platform that uncommitted arrays go to."""
     default = jax.config.jax_default_device  # a device, the name of a platform, or None
     return jax.devices(getattr(default, "platform", default))
