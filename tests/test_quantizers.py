@@ -118,7 +118,7 @@ def test_auto_takes_the_kernels_where_they_were_measured(platforms, capability, 
     devices = [mock.Mock(spec=jax.Device, platform=platform, device_kind="?") for platform in platforms]
     for device in devices:
         device.compute_capability = capability
-    monkeypatch.setattr(quantizers.jax, "devices", lambda: devices)
+    monkeypatch.setattr(quantizers.jax, "devices", lambda *_: devices)
     assert quantizers.best().name == chosen
 
 
