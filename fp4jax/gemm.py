@@ -154,7 +154,15 @@ def _exact(lhs, rhs, contract, batch_dims: int):
 
 
 def _over_tokens(lhs, rhs, *, rank, batch_dims, execution, precision):
-    """[*batch, *tokens, i] × [*batch, *tokens, j] → [*batch, i, j]."""
+    """[*batch, *tokens, i] × [*batch, *tokens, j] → [*batch, i, j].
+
+    XLA:CPU has a fast product for operands that are contracted along their last and first axes. It brings others into
+    that form, but for two matrices with their first axes contracted, which it multiplies in float32 at half the speed:
+    these get a second token axis, of size 1.
+    """
+    if rank == 2 and hardware.current().platform == "cpu":
+        lhs, rhs = jax.tree.map(lambda leaf: leaf[None], (lhs, rhs))
+        rank = 3
     tokens = tuple(range(batch_dims - rank, -1))
     result, lhs_scale, rhs_scale = _unscaled(lhs, rhs, (tokens, tokens), (-2, -2), batch_dims, execution, precision)
     if lhs_scale is not None:
@@ -270,12 +278,12 @@ def _pad_to(x, axis, size):
 
 def best() -> Execution:
     """The execution for this device: native where it has FP4 tensor cores."""
-    return Execution(emulation_dtype(), native.unsupported_reason() is None, _rounded())
+    return Execution(hardware.emulation_dtype(), native.unsupported_reason() is None, _rounded())
 
 
 def emulated() -> Execution:
     """The execution that every device has."""
-    return Execution(emulation_dtype(), rounded=_rounded())
+    return Execution(hardware.emulation_dtype(), rounded=_rounded())
 
 
 def _rounded() -> bool:
@@ -288,24 +296,3 @@ def native_or_error() -> Execution:
     if reason:
         raise NotImplementedError(f"gemm='native': {reason}; gemm='emulated' gives the same values on any device")
     return best()
-
-
-def emulation_dtype() -> jnp.dtype:
-    """What quantized values are multiplied in: bfloat16 where the device has units for it, float32 elsewhere.
-
-    Both give the same result up to the order of additions. The device is that of the ambient mesh, which may be one
-    that is only compiled for; without a mesh the default one. CPUs are judged by their instruction set and not by a
-    measurement, so that the same machine repeats the same run bit for bit.
-    """
-    units = {"cpu": _cpu_has_bfloat16_units}.get(hardware.current().platform, lambda: True)
-    return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
-
-
-@functools.cache
-def _cpu_has_bfloat16_units() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line for line in file if line.startswith("flags")), "").split()
-    except OSError:  # not Linux: nothing is known of its units
-        return False
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags))
