@@ -159,16 +159,7 @@ def prepare(
     if side not in _SIDES:
         raise ValueError(f"side must be 'lhs' (activations) or 'rhs' (weights), got {side!r}")
     is_lhs = _SIDES[side]
-    if x.ndim < batch_dims + 2 or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"prepare takes a non-empty floating array of >= {batch_dims + 2} axes, got {x.dtype}{x.shape}"
-        )
-    if not is_lhs and (row_mask is not None or x.ndim != batch_dims + 2):
-        raise ValueError(
-            f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}"
-        )
-    if row_mask is not None:
-        check_row_mask(row_mask, x.shape[:-1])
+    _check_preparable(x, is_lhs, row_mask, batch_dims)
     quantizer, _ = implementation(backend, "auto")
     fitting = _for_contractions(recipe, *(x.shape[-1], _MIN_CONTRACTION) if is_lhs else x.shape[-2:])
 
@@ -344,6 +335,19 @@ def _report_implementation(quantizer: str, execution: gemms.Execution) -> None:
 _QUANTIZERS = {"auto": best, "xla": by_xla, "pallas": by_kernels}
 _PRODUCTS = {"auto": gemms.best, "emulated": gemms.emulated, "native": gemms.native_or_error}
 _SIDES = {"lhs": True, "rhs": False}
+
+
+def _check_preparable(x, is_lhs: bool, row_mask, batch_dims: int) -> None:
+    if x.ndim < batch_dims + 2 or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"prepare takes a non-empty floating array of >= {batch_dims + 2} axes, got {x.dtype}{x.shape}"
+        )
+    if not is_lhs and (row_mask is not None or x.ndim != batch_dims + 2):
+        raise ValueError(
+            f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}"
+        )
+    if row_mask is not None:
+        check_row_mask(row_mask, x.shape[:-1])
 
 
 def _check_prepared(name: str, operand, prepared, needed: Purpose) -> None:

@@ -32,6 +32,9 @@ from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
 _log = logging.getLogger("fp4jax")
+# Platforms whose XLA does so: `_for_device`, and `Execution.rounded`.
+_SLOW_ALONG_FIRST_AXES = frozenset({"cpu"})
+_WRITTEN_BEFORE_CORRECTIONS = frozenset({"gpu"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +220,11 @@ def _for_device(lhs, rhs, contracted):
     that form: but not two matrices whose first axes are contracted, which it multiplies in float32. These get another
     contracted axis, of size 1.
     """
-    if hardware.current().platform == "cpu" and lhs.ndim == rhs.ndim == 2 and contracted == ((-2,), (-2,)):
+    if (
+        hardware.current().platform in _SLOW_ALONG_FIRST_AXES
+        and lhs.ndim == rhs.ndim == 2
+        and contracted == ((-2,), (-2,))
+    ):
         return lhs[None], rhs[None], ((-3, -2), (-3, -2))
     return lhs, rhs, contracted
 
@@ -292,7 +299,7 @@ def emulated() -> Execution:
 
 
 def _rounded() -> bool:
-    return hardware.current().platform == "gpu"
+    return hardware.current().platform in _WRITTEN_BEFORE_CORRECTIONS
 
 
 def native_or_error() -> Execution:
