@@ -116,6 +116,21 @@ def step() -> str:
     return _table(("recipe", "ms", "tokens/s", "GiB", "over `bf16`", "over `nvfp4`"), rows)
 
 
+def step_tiny_cpu() -> str:
+    """The tiny configuration's step by recipe, in processor time on one core."""
+    measured = json.loads((ROOT / "benchmarks/results/x86_64_cpu/step_tiny.json").read_text("utf-8"))
+    rows = [
+        (
+            f"`{row['recipe']}`",
+            f"{1e3 * row['median_seconds']:.0f}",
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+            *(_ratio(row.get(f"over_{reference}")) for reference in ("bf16", "nvfp4")),
+        )
+        for row in measured["rows"]
+    ]
+    return _table(("recipe", "ms", "temporary MiB", "over `bf16`", "over `nvfp4`"), rows)
+
+
 def peers() -> str:
     """A linear layer under every contender, in processor time on one core."""
     measured = json.loads((ROOT / "benchmarks/results/x86_64_cpu/peers_linear_2048x512x1536.json").read_text("utf-8"))
@@ -214,6 +229,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overheads": overheads,
     "kernels": kernels,
     "step": step,
+    "step_tiny_cpu": step_tiny_cpu,
     "peers": peers,
     "compare_60m": functools.partial(comparison, "compare_60m"),
     "compare_tiny": functools.partial(comparison, "compare_tiny"),
