@@ -4,4 +4,5 @@ run, and prints ratios; `benchmarks/gpu.sh` runs all of them on a GPU.
 kernels   every kernel against the XLA path and against the device's copy bandwidth
 step      the whole training step by recipe
 gemm      a layer's matrix products in bfloat16, and as emulated FP4
+peers     a linear layer and a small transformer beside other JAX packages, and without quantization
 """

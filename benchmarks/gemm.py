@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from benchmarks import ratios, records, timing
-from fp4jax import gemm
+from fp4jax import gemm, hardware
 from fp4jax.cli import Parser, output_folder, positive, run
 from fp4jax.numerics import NVFP4, QTensor, quantize_blocks
 from fp4jax.operands import Part
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     flags = _parse(arguments)
     path = output_folder(flags.out or records.default_folder()) / "gemm.json"
-    dtype = gemm.emulation_dtype()
+    dtype = hardware.emulation_dtype()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, emulated in {dtype}")
     print(f"{'layer':10} {'GEMM':6} {'inputs':>6} {'outputs':>7} {'bf16 TFLOP/s':>12} {'emulated/bf16':>14}")
     rows = []
@@ -106,7 +106,7 @@ def plain(kind: str) -> Callable[[Array, Array], Array]:
 
 def emulated(kind: str) -> Callable[[QTensor, QTensor], Array]:
     """The product of `fp4jax.dot` on prepared operands, its result in bfloat16."""
-    execution = gemm.Execution(gemm.emulation_dtype())
+    execution = gemm.Execution(hardware.emulation_dtype())
 
     def product(left: QTensor, right: QTensor) -> Array:
         if kind == "wgrad":

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     mesh = make_mesh(mesh_of())
     tokens = first.batch_size * first.seq_len
     sizes = {"model": flags.model, "layers": first.model.num_layers, "sequences": first.batch_size}
-    sizes |= {"length": first.seq_len, "remat": first.model.remat, "repeats": flags.repeats}
+    sizes |= {"length": first.seq_len, "remat": first.model.remat, "repeats": flags.repeats, "clock": flags.clock}
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {sizes}")
     batch = make_batch(first, mesh)
     initial = functools.partial(initial_state, first, mesh)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
         records.write(path, COMMAND, rows, **sizes)
 
     check(good)
-    in_turns(programs, initial(), batch, flags.repeats, report)
+    in_turns(programs, initial(), batch, flags.repeats, report, timing.CLOCKS[flags.clock])
     for row in good:
         print(describe(row))
     if len(good) < len(rows):
@@ -200,6 +200,7 @@ def in_turns(
     batch: Batch,
     repeats: int,
     after_turn: Callable[[dict[str, list[float]]], None],
+    clock: Callable[[], float],
 ) -> None:
     """Seconds of every program's step in every turn. One state serves all: each step takes the one before's."""
     held = [state]
@@ -210,7 +211,7 @@ def in_turns(
         return metrics
 
     runs = {program.name: functools.partial(step, program) for program in programs}
-    timing.in_turns(runs, repeats, after_turn=after_turn)
+    timing.in_turns(runs, repeats, after_turn=after_turn, clock=clock)
 
 
 def summary(name: str, times: dict[str, list[float]], tokens: int) -> dict:
@@ -249,6 +250,7 @@ def _parse(arguments: Sequence[str]):
     parser.add_argument("--microbatches", type=positive, default=1)
     parser.add_argument("--remat", choices=("none", "linear_inputs", "full"), help="by default the configuration's")
     parser.add_argument("--repeats", type=positive, default=10)
+    parser.add_argument("--clock", choices=tuple(timing.CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, help="folder for step.json; by default benchmarks/results/<device>")
     flags = parser.parse_args(arguments)
     flags.recipes = flags.recipes.split(",")

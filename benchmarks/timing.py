@@ -10,6 +10,9 @@ from jax import lax
 WORKING_SET = 256 * 2**20
 """Bytes of input that a program goes through before it meets the same input again: several times any cache."""
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds that pass, or those that this process spends on a CPU, which other processes hardly lengthen."""
+
 _MAX_INPUTS = 32
 _MAX_CALLS = 64
 _MIN_BYTES = 2 * 2**30  # read in one launch, which a GPU does in half a millisecond at least
@@ -65,24 +68,25 @@ def in_turns(
     repeats: int,
     launches: int = 1,
     after_turn: Callable[[dict[str, list[float]]], None] = lambda seconds: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of one launch of each program, `repeats` times; every turn runs all, each time another one first.
 
     `launches` are sent off one after the other and awaited together, so that the device never waits for Python. The
-    first turn warms up and does not count. `after_turn` is given the seconds so far.
+    first turn warms up and does not count. `after_turn` is given the seconds so far. `clock`: one of CLOCKS' values.
     """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats + 1):
         first = repeat % len(names)
         for name in [*names[first:], *names[:first]]:
-            start = time.perf_counter()
+            start = clock()
             for _ in range(launches):
                 result = runs[name]()
             jax.block_until_ready(result)
             del result
             if repeat:
-                seconds[name].append((time.perf_counter() - start) / launches)
+                seconds[name].append((clock() - start) / launches)
         if repeat:
             after_turn(seconds)
     return seconds

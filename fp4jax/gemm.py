@@ -32,6 +32,9 @@ from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
 _log = logging.getLogger("fp4jax")
+# Platforms whose XLA does so: `_for_device`, and `Execution.rounded`.
+_SLOW_ALONG_FIRST_AXES = frozenset({"cpu"})
+_WRITTEN_BEFORE_CORRECTIONS = frozenset({"gpu"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +199,7 @@ def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, prec
         for value, over, axis in zip((lhs, rhs), contracted, axes, strict=True)
     )
     lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), *axes)
+    lhs_values, rhs_values, contracted = _for_device(lhs_values, rhs_values, contracted)
     over = tuple(tuple(a % v.ndim for a in c) for v, c in zip((lhs_values, rhs_values), contracted, strict=True))
     batch = tuple(range(batch_dims))
     with scopes.of_operands(lhs, rhs):
@@ -207,6 +211,22 @@ def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, prec
             preferred_element_type=_accumulator(lhs_values),
         )
     return result, lhs_scale, rhs_scale
+
+
+def _for_device(lhs, rhs, contracted):
+    """(lhs, rhs, contracted axes) of an equal product that XLA multiplies faster.
+
+    XLA:CPU has a fast product for operands that are contracted along their last and first axes, and brings others into
+    that form: but not two matrices whose first axes are contracted, which it multiplies in float32. These get another
+    contracted axis, of size 1.
+    """
+    if (
+        hardware.current().platform in _SLOW_ALONG_FIRST_AXES
+        and lhs.ndim == rhs.ndim == 2
+        and contracted == ((-2,), (-2,))
+    ):
+        return lhs[None], rhs[None], ((-3, -2), (-3, -2))
+    return lhs, rhs, contracted
 
 
 @functools.cache
@@ -270,16 +290,16 @@ def _pad_to(x, axis, size):
 
 def best() -> Execution:
     """The execution for this device: native where it has FP4 tensor cores."""
-    return Execution(emulation_dtype(), native.unsupported_reason() is None, _rounded())
+    return Execution(hardware.emulation_dtype(), native.unsupported_reason() is None, _rounded())
 
 
 def emulated() -> Execution:
     """The execution that every device has."""
-    return Execution(emulation_dtype(), rounded=_rounded())
+    return Execution(hardware.emulation_dtype(), rounded=_rounded())
 
 
 def _rounded() -> bool:
-    return hardware.current().is_gpu
+    return hardware.current().platform in _WRITTEN_BEFORE_CORRECTIONS
 
 
 def native_or_error() -> Execution:
@@ -288,24 +308,3 @@ def native_or_error() -> Execution:
     if reason:
         raise NotImplementedError(f"gemm='native': {reason}; gemm='emulated' gives the same values on any device")
     return best()
-
-
-def emulation_dtype() -> jnp.dtype:
-    """What quantized values are multiplied in: bfloat16 where the device has units for it, float32 elsewhere.
-
-    Both give the same result up to the order of additions. The device is that of the ambient mesh, which may be one
-    that is only compiled for; without a mesh the default one. CPUs are judged by their instruction set and not by a
-    measurement, so that the same machine repeats the same run bit for bit.
-    """
-    units = {"cpu": _cpu_has_bfloat16_units}.get(hardware.current().platform, lambda: True)
-    return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
-
-
-@functools.cache
-def _cpu_has_bfloat16_units() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line for line in file if line.startswith("flags")), "").split()
-    except OSError:  # not Linux: nothing is known of its units
-        return False
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags))

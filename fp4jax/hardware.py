@@ -1,9 +1,11 @@
 """The device that a program is traced for: one of this machine, or one that a mesh describes and that is not here."""
 
 import dataclasses
+import functools
 import re
 
 import jax
+import jax.numpy as jnp
 
 # A mesh of devices that are not here tells their names alone while a program is traced.
 _CAPABILITIES = {
@@ -57,3 +59,24 @@ def _devices_here() -> list:
     """Of the platform that uncommitted arrays go to."""
     default = jax.config.jax_default_device  # a device, the name of a platform, or None
     return jax.devices(getattr(default, "platform", default))
+
+
+def emulation_dtype() -> jnp.dtype:
+    """What quantized values are multiplied in: bfloat16 where the device has units for it, float32 elsewhere.
+
+    Both give the same result up to the order of additions. The device is that of the ambient mesh, which may be one
+    that is only compiled for; without a mesh the default one. CPUs are judged by their instruction set and not by a
+    measurement, so that the same machine repeats the same run bit for bit.
+    """
+    units = {"cpu": _cpu_has_bfloat16_units}.get(current().platform, lambda: True)
+    return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
+
+
+@functools.cache
+def _cpu_has_bfloat16_units() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:  # not Linux: nothing is known of its units
+        return False
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags))

@@ -64,7 +64,7 @@ def _operand(value: QTensor, contracted: tuple[int, ...], batch_dims: int):
     Axes are moved while two codes share a byte: as elements of half a byte they would be moved one by one.
     """
     axis = next(axis for axis, _ in value.blocked if axis in contracted)
-    codes, scales = value.codes, value.scales
+    codes, scales = value.pack().codes, value.scales
     if value.axis != axis:  # square blocks, packed for the other product
         codes = rounding.pack(value.element_codes, axis)
     for blocked, size in value.blocked:

@@ -10,10 +10,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from fp4jax import layout
+from fp4jax import hardware, layout
 from fp4jax.numerics import (
     QTensor,
     Rounding,
@@ -226,6 +227,13 @@ def _backward_part(
     return _part(rows, split, operand, slot, axis, context, signs)
 
 
+def packed(part: Part | None) -> Part | None:
+    """With two 4-bit codes a byte, as it is kept from the forward pass for the backward."""
+    return jax.tree.map(
+        lambda leaf: leaf.pack() if isinstance(leaf, QTensor) else leaf, part, is_leaf=lambda x: isinstance(x, QTensor)
+    )
+
+
 def mean_axes(split: MeanSplit, rank: int, batch_dims: int) -> tuple[int, ...]:
     """The token axes over which a mean is taken."""
     return (rank - 2,) if split.axes is MeanAxes.SEQUENCE else tuple(range(batch_dims, rank - 1))
@@ -248,12 +256,19 @@ def column_sums(
       shape: logical shape of the residual; row_mask: its real rows, the indicator that takes the place of 1.
     """
     if not operand.hadamard:
-        return jnp.sum(dequantize(value), axis=axes, keepdims=True)
+        return jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
     ones = mask_rows(jnp.ones((*shape[:-1], 1), jnp.float32), row_mask)
     ones = rotate(pad_axis(ones, -2, operand.hadamard), -2, operand.hadamard, signs)
     if isinstance(value, QTensor):
         value = value.scaled_values(padded=(-2,))
     return jnp.sum(pad_to(value, -2, ones.shape[-2]) * pad_to(ones, -2, value.shape[-2]), axis=axes, keepdims=True)
+
+
+def _dequantized_from_product(value: QTensor | Array) -> Float32[Array, "..."]:
+    """`dequantize` from the array that products multiply, which is the same values: XLA then makes it once."""
+    if not isinstance(value, QTensor) or value.tensor_scale is None or isinstance(value.format.outer, int):
+        return dequantize(value)
+    return value.values(hardware.emulation_dtype()).astype(jnp.float32) * value.tensor_scale
 
 
 def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: str, row_mask):
@@ -275,11 +290,18 @@ def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
     else:
         mean = column_mean(x, axes, row_mask, layout.batch_shards(), layout.on_every_device)
     as_operand = context.quantize(Rows(mean), split.mean, f"mean.{name}", -1)
-    center = dequantize(as_operand) if split.center is Center.QUANTIZED_MEAN else mean
+    center = _made_once(dequantize(as_operand)) if split.center is Center.QUANTIZED_MEAN else mean
     if row_mask is not None:
         return _SplitOff(mean=as_operand), Rows(residual(x, center, row_mask))
     amax = None if stats is None else stats.residual_amax(center, context.batch_dims)
     return _SplitOff(mean=as_operand), Rows(x, center, amax)
+
+
+def _made_once(row: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """The same row, divided by a one that depends on it: XLA:CPU fuses what is cheap into every reader, here the
+    decoding of a row into every element of a matrix, but no division, and looks through barriers.
+    """
+    return row / jnp.where(row != 0, np.float32(1), np.float32(2))
 
 
 def _split_low_rank(x, split: LowRankSplit, context: _Context, name: str):

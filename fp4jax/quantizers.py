@@ -83,11 +83,11 @@ def transformed(rows: Rows, operand: Operand, axis: int, signs: Float32[Array, "
 
 
 def quantize_by_xla(rows: Rows, operand: Operand, axis: int, batch_dims: int, draws: Draws) -> QTensor:
-    """Any operand of any recipe, on any device."""
+    """Any operand of any recipe, on any device; the codes are not packed yet."""
     return quantize_blocks(
         transformed(rows, operand, axis, draws.signs), operand.format, axes=(-2, -1) if operand.block else (axis,),
         pack_axis=axis, batch_dims=batch_dims, words=draws.elements, candidates=operand.candidates,
-        scale_rounding=operand.scale_rounding, correction=operand.correction, scale_words=draws.scales,
+        scale_rounding=operand.scale_rounding, correction=operand.correction, scale_words=draws.scales, packed=False,
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def sums_by_kernel(q: QTensor, batch_dims: int) -> Float32[Array, "..."]:
     """By one kernel that reads codes."""
     from pallas_kernels import column_sums as kernels
 
-    return kernels.column_sums(q, batch_dims, **_where())
+    return kernels.column_sums(q.pack(), batch_dims, **_where())
 
 
 def has_column_stats(shape: Shape, batch_dims: int) -> bool:

@@ -123,6 +123,40 @@ def gaps(name: str) -> str:
     return _table(table.header, table.rows)
 
 
+def step_tiny_cpu() -> str:
+    """The tiny configuration's step by recipe, in processor time on one core."""
+    measured = json.loads((ROOT / "benchmarks/results/x86_64_cpu/step_tiny.json").read_text("utf-8"))
+    rows = [
+        (
+            f"`{row['recipe']}`",
+            f"{1e3 * row['median_seconds']:.0f}",
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+            *(_ratio(row.get(f"over_{reference}")) for reference in ("bf16", "nvfp4")),
+        )
+        for row in measured["rows"]
+    ]
+    return _table(("recipe", "ms", "temporary MiB", "over `bf16`", "over `nvfp4`"), rows)
+
+
+def peers() -> str:
+    """A linear layer under every contender, in processor time on one core."""
+    measured = json.loads((ROOT / "benchmarks/results/x86_64_cpu/peers_linear_2048x512x1536.json").read_text("utf-8"))
+    rows = [
+        (
+            f"`{row['contender']}`",
+            f"{1e3 * row['median_seconds']:.1f}",
+            *(_ratio(row.get(f"over_{reference}")) for reference in ("f32", "nvfp4")),
+            *(f"{row['relative_error'][name]:.2g}" for name in ("y", "dx", "dw")),
+            "; ".join(f"{count} {product}" for product, count in sorted(row["products"].items())),
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+            f"{row['trace_seconds'] + row['compile_seconds']:.1f}",
+        )
+        for row in measured["rows"]
+    ]
+    header = ("contender", "ms", "over `f32`", "over `nvfp4`", "error of y", "of dX", "of dW")
+    return _table((*header, "products", "temporary MiB", "trace and compile, s"), rows)
+
+
 def comparison(name: str) -> str:
     """Loss gaps, and their differences paired over seeds, of the comparison in results/NAME."""
     numbers, records = read_numbers(ROOT / "results" / name)
@@ -273,6 +307,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overheads": overheads,
     "kernels": kernels,
     "step": step,
+    "step_tiny_cpu": step_tiny_cpu,
+    "peers": peers,
     "compare_60m": functools.partial(comparison, "compare_60m"),
     "compare_tiny": functools.partial(comparison, "compare_tiny"),
     "ablations": functools.partial(gaps, "ablations"),

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from fp4jax import dot, gemm
 from fp4jax.dot import dot_general
-from fp4jax.gemm import emulation_dtype
+from fp4jax.hardware import emulation_dtype
 from fp4jax.recipes import list_recipes, recipe
 from tests.contract import assert_identical
 

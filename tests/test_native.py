@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fp4jax
-from fp4jax import gemm, native, scopes
+from fp4jax import gemm, hardware, native, scopes
 from fp4jax.dot import dot_general
 from fp4jax.numerics import MXFP4, NVFP4, NVFP4_OUTER128, QTensor, quantize_blocks
 
@@ -120,7 +120,7 @@ def test_what_tensor_cores_do_not_take_is_emulated_and_says_so(blackwell, caplog
     function, arguments = product_and_gradients("mxfp4", "native")
     with caplog.at_level(logging.WARNING, "fp4jax"):
         report = fp4jax.report(function, *arguments, compile_program=False)
-    assert {row.execution for row in report.fp4} == {"emulated in " + gemm.emulation_dtype().name}
+    assert {row.execution for row in report.fp4} == {"emulated in " + hardware.emulation_dtype().name}
     assert re.search("products of MXFP4 x MXFP4 are emulated, not on FP4 tensor cores: MXFP4 is not", caplog.text)
 
 
@@ -133,7 +133,7 @@ def test_the_mean_is_multiplied_natively_too(blackwell):
 def test_emulated_by_name_stays_emulated(blackwell):
     function, arguments = product_and_gradients("nvfp4", "emulated")
     executions = {row.execution for row in fp4jax.report(function, *arguments, compile_program=False).fp4}
-    assert executions == {"emulated in " + gemm.emulation_dtype().name}
+    assert executions == {"emulated in " + hardware.emulation_dtype().name}
 
 
 def test_vmap_over_experts(blackwell):

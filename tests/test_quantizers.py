@@ -127,7 +127,7 @@ def test_auto_leaves_square_blocks_to_xla(calls):
     w = jax.random.normal(jax.random.key(1), (48, 32), jnp.bfloat16)
     operand = as_recipe("nvfp4+2d").fprop.rhs
     both = (quantizers.quantize_by_measured_kernels, quantizers.quantize_by_kernels)
-    assert_identical(*(run(quantizers.Rows(w), operand, -2, 0, quantizers.Draws()) for run in both))
+    assert_identical(*(run(quantizers.Rows(w), operand, -2, 0, quantizers.Draws()).pack() for run in both))
     assert calls == ["quantize_2d"]
 
 

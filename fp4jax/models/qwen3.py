@@ -192,8 +192,9 @@ class Block(nnx.Module):
             batch = tuple(range(kernel.ndim - 2))
             if recipe not in prepared:
                 prepared[recipe] = prepare(
-                    x, recipe, key=linear_key, row_mask=row_mask, batch_dims=len(batch), backend=products.backend
-                )
+                    x, recipe, key=linear_key, row_mask=row_mask, batch_dims=len(batch), backend=products.backend,
+                    forward_kept=self.config.remat == "linear_inputs",
+                )  # fmt: skip
             output = dot_general(
                 x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel,
                 (((x.ndim - 1,), (len(batch),)), (batch, batch)),

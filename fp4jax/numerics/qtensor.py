@@ -19,7 +19,7 @@ class QTensor:
 
     Invariants (`validate` checks them):
       * `codes` holds two 4-bit codes a byte along `axis` (low nibble = even index), or one code a byte for elements
-        that are wider or have no blocks; it is zero-padded to whole blocks.
+        that are wider or have no blocks, and while not `packed`; it is zero-padded to whole blocks.
       * `scales` has one byte for each block (sign bit clear): the size of a blocked axis divided by the block, the full
         size elsewhere. Bytes and not `float8_e4m3fn`, because `jax.checkpoint` passes what it saves through
         `lax.reduce_precision`, whose 4 + 3 bits end at 240 and would turn the scale 448 into infinity. None for formats
@@ -35,6 +35,8 @@ class QTensor:
       format: the number format.
       axis: the axis (negative) of the contraction to come, along which codes are packed.
       blocked: (axis, logical size) of every blocked axis: one for 1x16 blocks, two for 16x16.
+      packed: False for 4-bit codes that are still one a byte, as between a quantizer and a product of one program:
+        XLA then goes from x to what is multiplied without interleaving lanes. What is kept is packed.
     """
 
     codes: UInt8[Array, "..."]
@@ -43,12 +45,13 @@ class QTensor:
     format: formats.Format = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
     blocked: tuple[tuple[int, Size], ...] = dataclasses.field(metadata={"static": True})
+    packed: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def padded_shape(self) -> Shape:
         """Shape in whole blocks."""
         shape = list(self.codes.shape)
-        if self.format.packs:
+        if self._two_a_byte:
             shape[self.axis] *= 2
         return tuple(shape)
 
@@ -63,7 +66,18 @@ class QTensor:
     @property
     def element_codes(self) -> UInt32[Array, "..."]:
         """One code (sign above magnitude) for every element, padding included."""
-        return rounding.unpack(self.codes, self.axis) if self.format.packs else self.codes.astype(jnp.uint32)
+        return rounding.unpack(self.codes, self.axis) if self._two_a_byte else self.codes.astype(jnp.uint32)
+
+    @property
+    def _two_a_byte(self) -> bool:
+        return self.format.packs and self.packed
+
+    def pack(self) -> "QTensor":
+        """The same with two 4-bit codes a byte, as it is kept."""
+        if self.packed:
+            return self
+        codes = rounding.pack(self.element_codes, self.axis) if self.format.packs else self.codes
+        return dataclasses.replace(self, codes=codes, packed=True)
 
     @property
     def tensor_scale(self) -> Float32[Array, "..."] | None:
@@ -83,7 +97,7 @@ class QTensor:
           dtype: float32 or bfloat16.
           padded: axes (negative) that keep their padding; the others are cut to their logical size.
         """
-        return self._cut(self._padded_values().astype(dtype), padded)
+        return self._cut(_exactly(self._padded_values(), dtype), padded)
 
     def scaled_values(self, padded: tuple[int, ...] = ()) -> Float32[Array, "..."]:
         """The represented values, with the padding of the axes in `padded`."""
@@ -163,3 +177,13 @@ class QTensor:
             fits, what = True, f"shape {tuple(shape)}"
         good = self.amax.dtype == jnp.float32 and self.amax.shape == tuple(shape) and fits
         return [(good, f"amax must be float32 with {what}, got {self.amax.dtype}{list(self.amax.shape)}")]
+
+
+def _exactly(values: Float32[Array, "*shape"], dtype) -> Float[Array, "*shape"]:
+    """float32 that `dtype` holds exactly. bfloat16 is its upper half, taken by a shift: XLA removes a conversion that
+    is converted back, and would keep the values twice where one reader needs float32 and another bfloat16.
+    """
+    if dtype != jnp.bfloat16:
+        return values.astype(dtype)
+    upper = lax.bitcast_convert_type(values, jnp.uint32) >> 16
+    return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

@@ -96,29 +96,33 @@ def quantize_blocks(
     scale_rounding: ScaleRounding | None = None,
     scale_words: UInt32[Array, "2"] | None = None,
     correction: int | None = None,
+    packed: bool = True,
 ) -> QTensor:
     """`quantize` without the checks: blocks over `axes` (negative), stochastic rounding exactly when `words` are given.
 
     Args:
       amax: the statistic of the float32 scale where it is known: float32, shaped as in `QTensor`.
       scale_words: random words for the block scales, exactly when they are rounded stochastically.
+      packed: False leaves 4-bit codes one a byte, for products in the same program.
     """
     logical = x.shape
     x = pad_to_blocks(x.astype(jnp.float32), axes, format.granularity)
+    blocks = block_amax = None
+    if format.block is not None:
+        blocks = x.reshape(blocked_shape(x.shape, axes, format.block))
+        inner = inner_axes(x.ndim, axes)
+        block_amax = largest_magnitude(blocks, inner)
     if amax is None and format.outer is not None:
-        amax = outer_statistic(x, format, pack_axis, batch_dims)
-    if format.block is None:
+        amax = outer_statistic(x, format, pack_axis, batch_dims, block_amax)
+    if blocks is None:
         scales, scaled = None, x * encode_factor(amax, format)
         codes = _encode(scaled, format, words, batch_dims, logical)
     else:
-        blocks = x.reshape(blocked_shape(x.shape, axes, format.block))
-        inner = inner_axes(x.ndim, axes)
         outer = None if amax is None else over_blocks(amax, x.shape, axes, format.block)
         encode = None if outer is None else encode_factor(outer, format)
         if candidates:
             scales, inverse = best_scales(blocks, outer, encode, format, axes, pack_axis, candidates)
         else:
-            block_amax = largest_magnitude(blocks, inner)
             scales, inverse = block_scales(block_amax, encode, format, scale_rounding or format.scale_rounding)
         codes = _encode((blocks * inverse).reshape(x.shape), format, words, batch_dims, logical)
         if correction is None:
@@ -128,12 +132,13 @@ def quantize_blocks(
             scaled = blocks if encode is None else blocks * encode
             scales = corrected_scales(scaled, in_blocks, scales, at, correction, format, batch_dims, scale_words)
     return QTensor(
-        codes=rounding.pack(codes, pack_axis) if format.packs else codes.astype(jnp.uint8),
+        codes=rounding.pack(codes, pack_axis) if format.packs and packed else codes.astype(jnp.uint8),
         scales=scales,
         amax=amax,
         format=format,
         axis=pack_axis,
         blocked=tuple((axis, logical[axis]) for axis in axes) if format.block else (),
+        packed=packed or not format.packs,
     )
 
 

@@ -23,13 +23,24 @@ def largest_magnitude(
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def outer_statistic(x: Float32[Array, "*shape"], format: Format, axis: int, batch_dims: int) -> Float32[Array, "..."]:
+def outer_statistic(
+    x: Float32[Array, "*shape"],
+    format: Format,
+    axis: int,
+    batch_dims: int,
+    block_amax: Float32[Array, "..."] | None = None,
+) -> Float32[Array, "..."]:
     """What the float32 scale follows, for every extent that has one of its own; reduced axes keep size 1.
 
     Args:
       x: in whole blocks.
       axis: the contraction axis, negative.
+      block_amax: the blocks' largest magnitudes, in the blocked shape: the largest of a matrix is the largest of
+        these, which saves a read of x.
     """
+    if block_amax is not None and format.outer is Extent.MATRIX and format.statistic is Statistic.MAX:
+        largest = largest_magnitude(block_amax, tuple(range(batch_dims, block_amax.ndim)))
+        return largest.reshape(*x.shape[:batch_dims], *[1] * (x.ndim - batch_dims))
     magnitude = jnp.abs(x)
     if format.outer is Extent.MATRIX:
         axes = tuple(range(batch_dims, x.ndim))
