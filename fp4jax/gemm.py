@@ -19,6 +19,7 @@ float32.
 import dataclasses
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,10 @@ from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
 _log = logging.getLogger("fp4jax")
-# Platforms whose XLA does so: `_for_device`, and `Execution.rounded`.
-_SLOW_ALONG_FIRST_AXES = frozenset({"cpu"})
+# Platforms whose XLA does so: `_for_device` and `_is_slow_row`, and `Execution.rounded`.
+_SLOW_PRODUCTS = frozenset({"cpu"})
 _WRITTEN_BEFORE_CORRECTIONS = frozenset({"gpu"})
+_FEWEST_FAST_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,9 @@ def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, prec
     )
     lhs_values, rhs_values = _same_size(*_same_dtype(lhs_values, rhs_values), *axes)
     lhs_values, rhs_values, contracted = _for_device(lhs_values, rhs_values, contracted)
+    one_row = _is_slow_row(lhs_values, contracted, batch_dims)
+    if one_row:
+        lhs_values = _pad_to(lhs_values, -2, _FEWEST_FAST_ROWS)
     over = tuple(tuple(a % v.ndim for a in c) for v, c in zip((lhs_values, rhs_values), contracted, strict=True))
     batch = tuple(range(batch_dims))
     with scopes.of_operands(lhs, rhs):
@@ -210,6 +215,8 @@ def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, prec
             precision=_precision_of(lhs, lhs_scale, rhs, rhs_scale, precision),
             preferred_element_type=_accumulator(lhs_values),
         )
+    if one_row:
+        result = lax.slice_in_dim(result, 0, 1, axis=result.ndim - 2)
     return result, lhs_scale, rhs_scale
 
 
@@ -220,13 +227,24 @@ def _for_device(lhs, rhs, contracted):
     that form: but not two matrices whose first axes are contracted, which it multiplies in float32. These get another
     contracted axis, of size 1.
     """
-    if (
-        hardware.current().platform in _SLOW_ALONG_FIRST_AXES
-        and lhs.ndim == rhs.ndim == 2
-        and contracted == ((-2,), (-2,))
-    ):
+    if hardware.current().platform in _SLOW_PRODUCTS and lhs.ndim == rhs.ndim == 2 and contracted == ((-2,), (-2,)):
         return lhs[None], rhs[None], ((-3, -2), (-3, -2))
     return lhs, rhs, contracted
+
+
+def _is_slow_row(lhs, contracted, batch_dims: int) -> bool:
+    """Whether lhs is one row of bfloat16, as a mean is.
+
+    XLA:CPU multiplies a vector in float32, and makes a float32 copy of the other operand for it, quantizing that once
+    more. With further rows, of zeros, it reads the copy that the product of the residual reads.
+    """
+    return (
+        hardware.current().platform in _SLOW_PRODUCTS
+        and lhs.dtype == jnp.bfloat16
+        and contracted[0] == (-1,)
+        and lhs.ndim >= batch_dims + 2
+        and math.prod(lhs.shape[batch_dims:-1]) == 1
+    )
 
 
 @functools.cache

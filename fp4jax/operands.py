@@ -189,7 +189,10 @@ def prepare_tokens(
         if kernel and of_matrix and has_column_sums(backward.residual) and not by_tokens.hadamard:
             sums = kernel(backward.residual, batch_dims)
         else:
-            sums = column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
+            # Behind a barrier: XLA:CPU would sum within the product that needs the sums, where it is slower.
+            sums = lax.optimization_barrier(
+                column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
+            )
         backward = dataclasses.replace(backward, sums=sums)
     return Prepared(forward, backward)
 
