@@ -72,7 +72,7 @@ def plan(config: ml_collections.ConfigDict, target: targets.Target, dump: Path |
         "quantizer": quantizer.name,
         "products": str(execution),
         "compile_seconds": round(seconds, 1),
-        "memory": _memory(compiled),
+        "memory": _memory(compiled, target.is_gpu),
         "matrix_flops": report.flops,
         "bytes_accessed": executions.bytes_accessed(),
         "unknown_loops": executions.unknown_loops,
@@ -112,58 +112,15 @@ def weight_gathers(gathers: Mapping[str, Mapping[str, int]], kernels: set[tuple[
     return total
 
 
-def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of one device. Arguments that become results (parameters, optimizer state) are in "aliased" too."""
+def _memory(compiled: jax.stages.Compiled, is_gpu: bool) -> dict[str, int]:
+    """Bytes of one device. Arguments that become results (parameters, optimizer state) are in "aliased" too.
+
+    Off GPUs the peak is the sum: what TPUs' compiler calls it was seen below the temporaries and above everything.
+    """
     found = compiled.memory_analysis()
     sizes = {
         "arguments": found.argument_size_in_bytes, "results": found.output_size_in_bytes,
         "aliased": found.alias_size_in_bytes, "temporaries": found.temp_size_in_bytes,
     }  # fmt: skip
     together = sizes["arguments"] + sizes["results"] - sizes["aliased"] + sizes["temporaries"]
-    return sizes | {"peak": found.peak_memory_in_bytes or together}
-
-
-def _gemms(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """{"fprop": {"native": 196}, ...}: executions of the products in FP4 of linear layers; again: by remat."""
-    found: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in rows:
-        if row.precision is Precision.FP4:
-            found[f"{row.gemm} again" if row.recomputed else row.gemm].append(row)
-    return {gemm: _by_execution(of) for gemm, of in found.items()}
-
-
-def _by_execution(rows) -> dict[str, int]:
-    counts: collections.Counter[str] = collections.Counter()
-    for row in rows:
-        counts["native" if row.execution.startswith("native") else row.execution] += row.count
-    return dict(counts)
-
-
-def _quantization(report: Report) -> dict:
-    check = report.compiled
-    return {
-        "products": check.products, "operands": check.operands, "coded": check.coded, "folded": list(check.folded),
-        "native": _native_kinds(report), "emulated": _native_kinds(report, native=False),
-    }  # fmt: skip
-
-
-def _native_kinds(report: Report, native: bool = True) -> list[str]:
-    """The kinds of products, "fprop NVFP4 x NVFP4", that the compiled program runs natively, or does not."""
-    return sorted(
-        f"{gemm} {' x '.join(formats)}"
-        for (_, gemm, formats), ways in report.compiled.execution.items()
-        if any(way.startswith("native") == native for way in ways)
-    )
-
-
-def main(arguments: Sequence[str]) -> None:
-    """CONFIG.json TARGET OUT.json: writes the plan."""
-    config, target, out = arguments
-    values = json.loads(Path(config).read_text(encoding="utf-8"))
-    dump = os.environ.get("MOSAIC_GPU_DUMP_TO")
-    found = plan(config_from(values), targets.parse(target), Path(dump) if dump else None)
-    Path(out).write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main, sys.argv[1:]))
+    return sizes | {"peak": (is_gpu and found.peak_memory_in_bytes) or together}
