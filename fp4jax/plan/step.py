@@ -124,3 +124,49 @@ def _memory(compiled: jax.stages.Compiled, is_gpu: bool) -> dict[str, int]:
     }  # fmt: skip
     together = sizes["arguments"] + sizes["results"] - sizes["aliased"] + sizes["temporaries"]
     return sizes | {"peak": (is_gpu and found.peak_memory_in_bytes) or together}
+
+
+def _gemms(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """{"fprop": {"native": 196}, ...}: executions of the products in FP4 of linear layers; again: by remat."""
+    found: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        if row.precision is Precision.FP4:
+            found[f"{row.gemm} again" if row.recomputed else row.gemm].append(row)
+    return {gemm: _by_execution(of) for gemm, of in found.items()}
+
+
+def _by_execution(rows) -> dict[str, int]:
+    counts: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        counts["native" if row.execution.startswith("native") else row.execution] += row.count
+    return dict(counts)
+
+
+def _quantization(report: Report) -> dict:
+    check = report.compiled
+    return {
+        "products": check.products, "operands": check.operands, "coded": check.coded, "folded": list(check.folded),
+        "native": _native_kinds(report), "emulated": _native_kinds(report, native=False),
+    }  # fmt: skip
+
+
+def _native_kinds(report: Report, native: bool = True) -> list[str]:
+    """The kinds of products, "fprop NVFP4 x NVFP4", that the compiled program runs natively, or does not."""
+    return sorted(
+        f"{gemm} {' x '.join(formats)}"
+        for (_, gemm, formats), ways in report.compiled.execution.items()
+        if any(way.startswith("native") == native for way in ways)
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """CONFIG.json TARGET OUT.json: writes the plan."""
+    config, target, out = arguments
+    values = json.loads(Path(config).read_text(encoding="utf-8"))
+    dump = os.environ.get("MOSAIC_GPU_DUMP_TO")
+    found = plan(config_from(values), targets.parse(target), Path(dump) if dump else None)
+    Path(out).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))
