@@ -29,14 +29,10 @@ from jaxtyping import Array, Float
 from fp4jax import hardware, native, scopes
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.numerics.blocks import Shape
-from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
+from fp4jax.operands import Part, column_sums, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
 _log = logging.getLogger("fp4jax")
-# Platforms whose XLA does so: `_for_device` and `_is_slow_row`, and `Execution.rounded`.
-_SLOW_PRODUCTS = frozenset({"cpu"})
-_WRITTEN_BEFORE_CORRECTIONS = frozenset({"gpu"})
-_FEWEST_FAST_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +117,14 @@ def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_m
     x_mean, d_mean = (part.mean if part.mean is None else dequantize(part.mean) for part in (x, d))
     result = jnp.float32(0)
     if d_mean is not None:
-        result = result + outer(x.sums, d_mean)
+        axes = mean_axes(recipe.wgrad.rhs.split, len(shape), batch_dims)
+        result = result + outer(column_sums(x, axes, batch_dims), d_mean)
     if x_mean is not None:
-        x_sums = d.sums
+        axes = mean_axes(recipe.wgrad.lhs.split, len(shape), batch_dims)
+        d_sums = column_sums(d, axes, batch_dims)
         if d_mean is not None:
-            axes = mean_axes(recipe.wgrad.lhs.split, len(shape), batch_dims)
-            x_sums = x_sums + row_count(shape, axes, row_mask) * d_mean
-        result = result + outer(x_mean, x_sums)
+            d_sums = d_sums + row_count(shape, axes, row_mask) * d_mean
+        result = result + outer(x_mean, d_sums)
     return result
 
 
@@ -204,7 +201,7 @@ def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, prec
     lhs_values, rhs_values, contracted = _for_device(lhs_values, rhs_values, contracted)
     one_row = _is_slow_row(lhs_values, contracted, batch_dims)
     if one_row:
-        lhs_values = _pad_to(lhs_values, -2, _FEWEST_FAST_ROWS)
+        lhs_values = _pad_to(lhs_values, -2, hardware.CPU_ROWS)
     over = tuple(tuple(a % v.ndim for a in c) for v, c in zip((lhs_values, rhs_values), contracted, strict=True))
     batch = tuple(range(batch_dims))
     with scopes.of_operands(lhs, rhs):
@@ -227,7 +224,7 @@ def _for_device(lhs, rhs, contracted):
     that form: but not two matrices whose first axes are contracted, which it multiplies in float32. These get another
     contracted axis, of size 1.
     """
-    if hardware.current().platform in _SLOW_PRODUCTS and lhs.ndim == rhs.ndim == 2 and contracted == ((-2,), (-2,)):
+    if hardware.current().is_cpu and lhs.ndim == rhs.ndim == 2 and contracted == ((-2,), (-2,)):
         return lhs[None], rhs[None], ((-3, -2), (-3, -2))
     return lhs, rhs, contracted
 
@@ -239,7 +236,7 @@ def _is_slow_row(lhs, contracted, batch_dims: int) -> bool:
     more. With further rows, of zeros, it reads the copy that the product of the residual reads.
     """
     return (
-        hardware.current().platform in _SLOW_PRODUCTS
+        hardware.current().is_cpu
         and lhs.dtype == jnp.bfloat16
         and contracted[0] == (-1,)
         and lhs.ndim >= batch_dims + 2
@@ -317,7 +314,7 @@ def emulated() -> Execution:
 
 
 def _rounded() -> bool:
-    return hardware.current().platform in _WRITTEN_BEFORE_CORRECTIONS
+    return hardware.current().is_gpu
 
 
 def native_or_error() -> Execution:

@@ -16,6 +16,10 @@ _CAPABILITIES = {
 }
 
 
+CPU_ROWS = 16
+"""Rows that XLA:CPU multiplies in bfloat16; a single one it multiplies in float32."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     """Attributes:
@@ -38,6 +42,10 @@ class Hardware:
     @property
     def is_gpu(self) -> bool:
         return self.platform == "gpu"
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.platform == "cpu"
 
     def __str__(self) -> str:
         return f"{self.device_kind} ({self.platform})"

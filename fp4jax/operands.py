@@ -62,7 +62,7 @@ class Part:
     Attributes:
       residual: what is left after the split; a `QTensor`, or an array where the operand stays in high precision.
       mean: the row split off, [*batch, *tokens or 1, features], or None.
-      sums: column sums of the residual as quantized, shaped like the mean, where the weight gradient needs them.
+      sums: column sums of the residual as quantized, shaped like the mean, where they were taken when it was prepared.
       low_rank: the part of low rank split off, or None.
       signs: of the Hadamard transform where they are fresh, for the other operand of the product to take over.
     """
@@ -186,14 +186,11 @@ def prepare_tokens(
     if means:
         axes = mean_axes(means[0], x.ndim, batch_dims)
         kernel, of_matrix = context.quantizer.column_sums, axes == tuple(range(batch_dims, x.ndim - 1))
-        if kernel and of_matrix and has_column_sums(backward.residual) and not by_tokens.hadamard:
-            sums = kernel(backward.residual, batch_dims)
-        else:
-            # Behind a barrier: XLA:CPU would sum within the product that needs the sums, where it is slower.
-            sums = lax.optimization_barrier(
-                column_sums(backward.residual, axes, by_tokens, x.shape, row_mask, token_signs)
-            )
-        backward = dataclasses.replace(backward, sums=sums)
+        if by_tokens.hadamard:
+            sums = sums_before_rotation(backward.residual, axes, by_tokens.hadamard, x.shape, row_mask, token_signs)
+            backward = dataclasses.replace(backward, sums=sums)
+        elif kernel and of_matrix and has_column_sums(backward.residual):
+            backward = dataclasses.replace(backward, sums=kernel(backward.residual, batch_dims))
     return Prepared(forward, backward)
 
 
@@ -247,21 +244,47 @@ def dequantize(value: QTensor | Array) -> Float32[Array, "..."]:
     return value.dequantize() if isinstance(value, QTensor) else value.astype(jnp.float32)
 
 
-def column_sums(
-    value: QTensor | Array, axes: tuple[int, ...], operand: Operand, shape: Shape, row_mask, signs
-) -> Float32[Array, "..."]:
-    """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
+def column_sums(part: Part, axes: tuple[int, ...], batch_dims: int) -> Float32[Array, "..."]:
+    """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`."""
+    value = part.residual
+    if part.sums is not None:
+        return part.sums
+    if not _sums_as_product(value, axes, batch_dims):
+        return jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
+    values = value.values(hardware.emulation_dtype())
+    ones = jnp.ones((*values.shape[:-1], hardware.CPU_ROWS), values.dtype)
+    batch = tuple(range(batch_dims))
+    sums = lax.dot_general(ones, values, ((axes, axes), (batch, batch)), preferred_element_type=jnp.float32)
+    sums = lax.slice_in_dim(sums, 0, 1, axis=batch_dims)
+    return sums.reshape(*values.shape[:batch_dims], *[1] * len(axes), -1) * value.tensor_scale
 
-    Under a Hadamard transform along the tokens the products hold H R, and 1ᵀR = (H 1)ᵀ(H R) because H is orthogonal.
+
+def _sums_as_product(value: QTensor | Array, axes: tuple[int, ...], batch_dims: int) -> bool:
+    """Whether the sums are taken by a product with ones, from the very array that the weight gradient multiplies.
+
+    XLA:CPU makes that array in the two axes that its products have, and for a sum over other axes once more, quantizing
+    everything again.
+    """
+    return (
+        hardware.current().is_cpu
+        and isinstance(value, QTensor)
+        and value.tensor_scale is not None
+        and all(size == 1 for size in value.tensor_scale.shape[batch_dims:])
+        and axes == tuple(range(batch_dims, len(value.shape) - 1))
+    )
+
+
+def sums_before_rotation(
+    value: QTensor | Array, axes: tuple[int, ...], hadamard: int, shape: Shape, row_mask, signs
+) -> Float32[Array, "..."]:
+    """`column_sums` of a residual R under a Hadamard transform along the tokens: 1ᵀR = (H 1)ᵀ(H R), H being orthogonal.
 
     Args:
-      operand: how the residual was prepared.
+      value: H R; hadamard: size of H.
       shape: logical shape of the residual; row_mask: its real rows, the indicator that takes the place of 1.
     """
-    if not operand.hadamard:
-        return jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
     ones = mask_rows(jnp.ones((*shape[:-1], 1), jnp.float32), row_mask)
-    ones = rotate(pad_axis(ones, -2, operand.hadamard), -2, operand.hadamard, signs)
+    ones = rotate(pad_axis(ones, -2, hadamard), -2, hadamard, signs)
     if isinstance(value, QTensor):
         value = value.scaled_values(padded=(-2,))
     return jnp.sum(pad_to(value, -2, ones.shape[-2]) * pad_to(ones, -2, value.shape[-2]), axis=axes, keepdims=True)

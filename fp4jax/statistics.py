@@ -202,9 +202,12 @@ def _split_statistics(x: Part, d: Part, dw, contract):
     if all(part.mean is None and part.low_rank is None for part in (x, d)):
         return jnp.stack([_energy(dw, axes), *[jnp.zeros(dw.shape[:-2], jnp.float32)] * 2], axis=-1)
     split = dw - contract(plain_x, plain_d)
-    cross = dw - contract(_without_sums(x), _without_sums(d))
+    cross = dw - contract(_without_sums(x, d), _without_sums(d, x))
     return jnp.stack([_energy(what.astype(jnp.float32), axes) for what in (dw, split, cross)], axis=-1)
 
 
-def _without_sums(part: Part) -> Part:
-    return part if part.sums is None else dataclasses.replace(part, sums=jnp.zeros_like(part.sums))
+def _without_sums(part: Part, other: Part) -> Part:
+    """With sums of zero, in the shape in which they meet the other's mean."""
+    if other.mean is None:
+        return part
+    return dataclasses.replace(part, sums=jnp.zeros((*other.mean.shape[:-1], part.residual.shape[-1]), jnp.float32))
