@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from fp4jax.axes import BATCH_AXES
+from fp4jax.hardware import current
 from fp4jax.layout import LOGICAL_AXES, auto_axes, place
 
 LOGITS_AT_ONCE = 1 << 27
@@ -77,8 +78,8 @@ def _cross_entropy(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT
 
     def add_chunk(total, chunk):
         hidden, targets, weights = chunk
-        logits, log_normalizer, is_target = _logits(hidden, head, targets)
-        return total + _loss(logits, log_normalizer, is_target, weights), None
+        logits, log_normalizer = _logits(hidden, head)
+        return total + _loss(logits, log_normalizer, targets, weights), None
 
     chunks = _chunks(cut, hidden_BxTxD, targets_BxT, weights_BxT)
     return _scan(add_chunk, jnp.zeros((), jnp.float32), chunks)[0]
@@ -91,13 +92,13 @@ def _forward(cut: Layout, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT):
     def add_chunk(sums, chunk):
         total, head_gradient_SxVxD = sums
         hidden, targets, weights = chunk
-        logits, log_normalizer, is_target = _logits(hidden, head, targets)
-        total = total + _loss(logits, log_normalizer, is_target, weights)
+        logits, log_normalizer = _logits(hidden, head)
+        total = total + _loss(logits, log_normalizer, targets, weights)
         likelihood = jnp.exp(logits - log_normalizer)
-        slope = jnp.where(is_target, likelihood - 1, likelihood) * weights[..., None]
+        slope = jnp.where(_is_target(logits, targets), likelihood - 1, likelihood) * weights[..., None]
         slope_SxbxCxV = slope.astype(dtype)
         hidden_gradient = jnp.einsum("sbcv,vd->sbcd", slope_SxbxCxV, head, preferred_element_type=jnp.float32)
-        added = jnp.einsum("sbcv,sbcd->svd", slope_SxbxCxV, hidden, preferred_element_type=jnp.float32)
+        added = _over_positions(slope_SxbxCxV, hidden)
         return (total, place(head_gradient_SxVxD + added, partial_sums)), hidden_gradient.astype(dtype)
 
     partial_sums = ("batch", "vocab", None)
@@ -118,17 +119,39 @@ def _backward(cut: Layout, gradients, cotangent):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _logits(hidden_SxbxCxD, head_VxD, targets_SxbxC):
-    """(logits [S, b, C, V], their log-sum-exp [S, b, C, 1], where the target is [S, b, C, V])."""
+def _logits(hidden_SxbxCxD, head_VxD):
+    """(logits [S, b, C, V], their log-sum-exp [S, b, C, 1])."""
     logits = jnp.einsum("sbcd,vd->sbcv", hidden_SxbxCxD, head_VxD, preferred_element_type=jnp.float32)
-    # A comparison, where an index would do: with the vocabulary on several devices an index gathers the logits.
-    is_target = lax.broadcasted_iota(targets_SxbxC.dtype, logits.shape, 3) == targets_SxbxC[..., None]
-    return logits, jax.nn.logsumexp(logits, axis=-1, keepdims=True), is_target
+    return logits, jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _loss(logits, log_normalizer, is_target, weights_SxbxC):
-    chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    return jnp.sum((log_normalizer[..., 0] - chosen) * weights_SxbxC)
+def _is_target(logits, targets_SxbxC):
+    """Where the target is, [S, b, C, V]."""
+    return lax.broadcasted_iota(targets_SxbxC.dtype, logits.shape, 3) == targets_SxbxC[..., None]
+
+
+def _loss(logits, log_normalizer, targets_SxbxC, weights_SxbxC):
+    return jnp.sum((log_normalizer[..., 0] - _chosen(logits, targets_SxbxC)) * weights_SxbxC)
+
+
+def _chosen(logits, targets_SxbxC):
+    """The targets' logits [S, b, C]: by index, or by comparison where an index would gather logits from devices."""
+    if math.prod(auto_axes().get(axis, 1) for axis in LOGICAL_AXES["vocab"]) == 1:
+        return jnp.take_along_axis(logits, targets_SxbxC[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(_is_target(logits, targets_SxbxC), logits, 0.0), axis=-1)
+
+
+def _over_positions(slope_SxbxCxV, hidden_SxbxCxD) -> Float32[Array, "S V D"]:
+    """The head's gradient, summed over positions.
+
+    XLA:CPU multiplies an lhs that is contracted along its last axis, and makes it where it is not. Here the hidden
+    states become it, which are far smaller than the slopes; the barrier keeps the compiler from turning the two round.
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if not current().is_cpu:
+        return product("sbcv,sbcd->svd", slope_SxbxCxV, hidden_SxbxCxD)
+    turned = lax.optimization_barrier(product("sbcd,sbcv->sdv", hidden_SxbxCxD, slope_SxbxCxV))
+    return jnp.swapaxes(turned, 1, 2)
 
 
 def _chunks(cut: Layout, *arrays_BxT):
