@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from fp4jax.hardware import lacks_huge_pages
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -23,6 +25,7 @@ def about(command: str) -> dict[str, object]:
         "jax": jax.__version__,
         "commit": commit(),
         "command": " ".join(["python -m", command, *sys.argv[1:]]),
+        **({"huge_pages": not lacks_huge_pages()} if device.platform == "cpu" else {}),
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 
 import jax
@@ -78,6 +79,21 @@ def emulation_dtype() -> jnp.dtype:
     """
     units = {"cpu": _cpu_has_bfloat16_units}.get(current().platform, lambda: True)
     return jnp.dtype(jnp.bfloat16 if units() else jnp.float32)
+
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""In GLIBC_TUNABLES it has malloc ask for huge pages. XLA:CPU takes its memory anew for every program that it runs, and
+in pages of 4 KiB the kernel spends a good part of a small step handing it out."""
+
+
+def lacks_huge_pages(folder: str = "/sys/kernel/mm/transparent_hugepage") -> bool:
+    """Whether this process would get huge pages if it asked for them, and does not ask (Linux)."""
+    try:
+        with open(f"{folder}/enabled", encoding="ascii") as file:
+            on_request = "[madvise]" in file.read()
+    except OSError:
+        return False
+    return on_request and HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", "").split(":")
 
 
 @functools.cache

@@ -8,6 +8,8 @@ A product of a linear layer runs under three names, outside in:
 
 Around it stand products that are not one of the three GEMMs: `correction` (the terms of what a split took off) and
 `prepare` (what quantizes the operands). JAX wraps names of a forward pass into `transpose(jvp(...))`.
+
+Of a training step the parts that are no linear layer have names too: `attention`, `cross_entropy`, `optimizer`.
 """
 
 import contextlib
@@ -22,12 +24,14 @@ from fp4jax.numerics import QTensor
 PRODUCT_SCOPES = ("high_precision_product", "half_quantized_product", "quantized_product")
 CORRECTION = "correction"
 PREPARATION = "prepare"
+STEP_PARTS = ("attention", "cross_entropy", "optimizer")
 
 _RECIPE = "fp4jax:"
 _SHORT = "short_contraction:"
 _RESERVED = re.compile(r"[/()*\s]")
 
 _READ_RECIPE = re.compile(rf"{_RECIPE}([^/()]*)")
+_READ_STEP_PART = re.compile(rf"(?:^|[/(])({'|'.join(STEP_PARTS)})(?:[/)]|$)")
 _READ_GEMM = re.compile(rf"{_RECIPE}[^/()]*\)*/(fprop|dgrad|wgrad)")
 _READ_SHORT = re.compile(rf"{_SHORT}(\d+)")
 _READ_OPERANDS = re.compile(rf"({'|'.join(PRODUCT_SCOPES)})/([^/()*]+):(\d+)\*([^/()*]+):(\d+)")
@@ -44,6 +48,7 @@ class Scope:
       operands: the formats of both operands, and bits: of their elements; None where gemm is.
       quantized: how many operands are quantized.
       is_correction, is_preparation: not one of the three GEMMs.
+      step_part: one of STEP_PARTS, or None.
     """
 
     recipe: str | None = None
@@ -54,6 +59,7 @@ class Scope:
     quantized: int = 0
     is_correction: bool = False
     is_preparation: bool = False
+    step_part: str | None = None
 
 
 def of_recipe(name: str) -> contextlib.AbstractContextManager:
@@ -82,10 +88,18 @@ def of_preparation() -> contextlib.AbstractContextManager:
     return jax.named_scope(PREPARATION)
 
 
+def of_step_part(name: str) -> contextlib.AbstractContextManager:
+    """The scope of a part of the training step, one of STEP_PARTS."""
+    if name not in STEP_PARTS:
+        raise ValueError(f"a part of a step is one of {', '.join(STEP_PARTS)}, got {name!r}")
+    return jax.named_scope(name)
+
+
 def read(path: str) -> Scope:
     """What a path of scopes says: of an equation, or an instruction's `op_name`."""
-    recipe, gemm, short, operands = (
-        expression.search(path) for expression in (_READ_RECIPE, _READ_GEMM, _READ_SHORT, _READ_OPERANDS)
+    recipe, gemm, short, operands, step_part = (
+        expression.search(path)
+        for expression in (_READ_RECIPE, _READ_GEMM, _READ_SHORT, _READ_OPERANDS, _READ_STEP_PART)
     )
     parts = frozenset(path.split("/"))
     return Scope(
@@ -97,6 +111,7 @@ def read(path: str) -> Scope:
         PRODUCT_SCOPES.index(operands[1]) if operands else 0,
         is_correction=bool(recipe) and bool({CORRECTION} & parts),
         is_preparation=bool(recipe) and bool({PREPARATION} & parts),
+        step_part=step_part and step_part[1],
     )
 
 

@@ -24,3 +24,20 @@ def test_the_first_device_and_its_capability(machine_with_a_gpu):
 def test_jax_default_device_comes_first(machine_with_a_gpu):
     with jax.default_device("cpu"):
         assert hardware.current() == hardware.Hardware("cpu", "cpu", "", 1)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "tunables", "lacks"),
+    [
+        ("always [madvise] never", "", True),
+        ("always [madvise] never", "glibc.malloc.arena_max=2", True),
+        ("always [madvise] never", f"glibc.malloc.arena_max=2:{hardware.HUGE_PAGES}", False),
+        ("[always] madvise never", "", False),
+        ("always madvise [never]", "", False),
+    ],
+)
+def test_huge_pages_are_missed_where_they_could_be_had(enabled, tunables, lacks, tmp_path, monkeypatch):
+    (tmp_path / "enabled").write_text(enabled)
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    assert hardware.lacks_huge_pages(str(tmp_path)) is lacks
+    assert not hardware.lacks_huge_pages(str(tmp_path / "nowhere"))

@@ -45,4 +45,13 @@ def test_other_products_are_told_apart(context, field):
 
 def test_jax_wraps_a_recipe():
     assert scopes.read("transpose(jvp(fp4jax:bf16))/dot_general") == scopes.Scope("bf16")
-    assert scopes.read("jit(f)/attention/dot_general") == scopes.Scope()
+    assert scopes.read("jit(f)/mlp/dot_general") == scopes.Scope()
+
+
+@pytest.mark.parametrize("part", scopes.STEP_PARTS)
+def test_parts_of_a_step_are_read_back(part):
+    assert scopes.read(name_of(scopes.of_step_part(part))).step_part == part
+    assert scopes.read(f"jit(step)/transpose(jvp({part}))/while/body/mul").step_part == part
+    assert scopes.read(f"jit(step)/my_{part}_2/mul").step_part is None
+    with pytest.raises(ValueError, match="attention, cross_entropy, optimizer"):
+        scopes.of_step_part("norms")

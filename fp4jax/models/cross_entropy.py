@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from fp4jax import scopes
 from fp4jax.axes import BATCH_AXES
 from fp4jax.hardware import current
 from fp4jax.layout import LOGICAL_AXES, auto_axes, place
@@ -69,7 +70,8 @@ def cross_entropy(
     """
     (batch, length, _), vocabulary = hidden_BxTxD.shape, head_VxD.shape[0]
     cut = layout(batch, length, vocabulary) if cut is None else cut
-    return _cross_entropy(cut, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT.astype(jnp.float32))
+    with scopes.of_step_part("cross_entropy"):
+        return _cross_entropy(cut, hidden_BxTxD, head_VxD, targets_BxT, weights_BxT.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from fp4jax import scopes
 from fp4jax.hardware import Hardware, current
 
 _CUDNN_LEAST_CAPABILITY = (8, 0)
@@ -90,9 +91,10 @@ def causal_attention(
     odd_mask = segments_BxT is not None and length % 2 == 1
     implementation = attention_implementation(implementation, q_BxTxNxH.dtype, head_dim, current(), odd_mask)
     mask = None if segments_BxT is None else (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask, is_causal=True, implementation=implementation
-    )
+    with scopes.of_step_part("attention"):
+        return jax.nn.dot_product_attention(
+            q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask, is_causal=True, implementation=implementation
+        )
 
 
 def attention_implementation(

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, PyTree, UInt32
 
-from fp4jax import distributed, models
+from fp4jax import distributed, models, scopes
 from fp4jax.layout import BATCH
 from fp4jax.statistics import Monitor
 from fp4jax.training.divergence import finite_or_former
@@ -91,8 +91,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, key_data: KeyData) -> tuple[TrainState, Metrics]:
         key = training_key(key_data, state.step)
         loss, gradients, _, routing = loss_and_gradients(config.microbatches, template, mesh, state.params, batch, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with scopes.of_step_part("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(gradients),

@@ -67,10 +67,8 @@ def test_bfloat16_sums_in_float32(cut):
 
 def test_the_value_without_gradients_is_the_same():
     arrays = inputs()
-    assert (
-        jax.jit(functools.partial(cross_entropy, cut=Layout(1, 4)))(*arrays)
-        == value_and_gradients(arrays, Layout(1, 4))[0]
-    )
+    value = jax.jit(functools.partial(cross_entropy, cut=Layout(1, 4)))(*arrays)
+    np.testing.assert_allclose(value, value_and_gradients(arrays, Layout(1, 4))[0], rtol=1e-6)  # sums fused otherwise
 
 
 def test_gradients_carry_what_the_loss_is_multiplied_by():
