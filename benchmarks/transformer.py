@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
 
 
 def parameters(sizes: Sizes, key: Array) -> PyTree:
-    """Normal with standard deviation 1 / sqrt(inputs); the layers' stacked."""
+    """Normal with standard deviation 1 / sqrt(inputs), divided by sqrt(2 x layers) where a block ends; stacked."""
     shapes = {
         "qkv": (sizes.width, 3 * sizes.width), "out": (sizes.width, sizes.width),
         "gate_up": (sizes.width, 2 * sizes.hidden), "down": (sizes.hidden, sizes.width),
@@ -37,6 +37,7 @@ def parameters(sizes: Sizes, key: Array) -> PyTree:
         name: jax.random.normal(k, (sizes.layers, *shape)) * shape[0] ** -0.5
         for k, (name, shape) in zip(keys[1:], shapes.items(), strict=True)
     }
+    layers |= {name: layers[name] * (2 * sizes.layers) ** -0.5 for name in ("out", "down")}
     embedding = jax.random.normal(keys[0], (sizes.vocabulary, sizes.width)) * sizes.width**-0.5
     return {"embedding": embedding, "layers": layers}
 
@@ -46,17 +47,18 @@ def loss(product: Linear, sizes: Sizes, params: PyTree, tokens: Int32[Array, "B 
     inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
     x = params["embedding"][inputs].reshape(-1, sizes.width)
 
-    def block(x, layer):
-        weights, index = layer
+    def block(x, index):
+        weights = {name: stacked[index] for name, stacked in params["layers"].items()}
         keys = jax.random.split(jax.random.fold_in(key, index), 4)
         qkv = product(_normalized(x), weights["qkv"], keys[0])
         q, k, v = jnp.split(qkv.reshape(sizes.sequences, sizes.length, 3 * sizes.heads, -1), 3, axis=2)
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(-1, sizes.width)
         x = x + product(mixed, weights["out"], keys[1])
         gate, up = jnp.split(product(_normalized(x), weights["gate_up"], keys[2]), 2, axis=1)
-        return x + product(jax.nn.silu(gate) * up, weights["down"], keys[3]), None
+        return x + product(jax.nn.silu(gate) * up, weights["down"], keys[3])
 
-    x, _ = jax.lax.scan(block, x, (params["layers"], jnp.arange(sizes.layers)))
+    for index in range(sizes.layers):  # and not a scan, in which jax.nn.scaled_dot_general cannot be differentiated
+        x = block(x, index)
     logits = _normalized(x) @ params["embedding"].T
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)

@@ -118,10 +118,10 @@ def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_m
     result = jnp.float32(0)
     if d_mean is not None:
         axes = mean_axes(recipe.wgrad.rhs.split, len(shape), batch_dims)
-        result = result + outer(column_sums(x, axes, batch_dims), d_mean)
+        result = result + outer(column_sums(x, axes, batch_dims, is_lhs=True), d_mean)
     if x_mean is not None:
         axes = mean_axes(recipe.wgrad.lhs.split, len(shape), batch_dims)
-        d_sums = column_sums(d, axes, batch_dims)
+        d_sums = column_sums(d, axes, batch_dims, is_lhs=False)
         if d_mean is not None:
             d_sums = d_sums + row_count(shape, axes, row_mask) * d_mean
         result = result + outer(x_mean, d_sums)

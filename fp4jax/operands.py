@@ -244,26 +244,31 @@ def dequantize(value: QTensor | Array) -> Float32[Array, "..."]:
     return value.dequantize() if isinstance(value, QTensor) else value.astype(jnp.float32)
 
 
-def column_sums(part: Part, axes: tuple[int, ...], batch_dims: int) -> Float32[Array, "..."]:
-    """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`."""
+def column_sums(part: Part, axes: tuple[int, ...], batch_dims: int, is_lhs: bool) -> Float32[Array, "..."]:
+    """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
+
+    is_lhs: the residual is the lhs of the weight gradient.
+    """
     value = part.residual
     if part.sums is not None:
         return part.sums
     if not _sums_as_product(value, axes, batch_dims):
-        return jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
+        sums = jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
+        # Behind a barrier: XLA:CPU would sum within the product that needs the sums, where it is slower.
+        return lax.optimization_barrier(sums)
     values = value.values(hardware.emulation_dtype())
     ones = jnp.ones((*values.shape[:-1], hardware.CPU_ROWS), values.dtype)
-    batch = tuple(range(batch_dims))
-    sums = lax.dot_general(ones, values, ((axes, axes), (batch, batch)), preferred_element_type=jnp.float32)
-    sums = lax.slice_in_dim(sums, 0, 1, axis=batch_dims)
+    over = ((axes, axes), (tuple(range(batch_dims)),) * 2)
+    sums = lax.dot_general(*((values, ones) if is_lhs else (ones, values)), over, preferred_element_type=jnp.float32)
+    sums = lax.index_in_dim(sums, 0, axis=-1 if is_lhs else -2, keepdims=False)
     return sums.reshape(*values.shape[:batch_dims], *[1] * len(axes), -1) * value.tensor_scale
 
 
 def _sums_as_product(value: QTensor | Array, axes: tuple[int, ...], batch_dims: int) -> bool:
     """Whether the sums are taken by a product with ones, from the very array that the weight gradient multiplies.
 
-    XLA:CPU makes that array in the two axes that its products have, and for a sum over other axes once more, quantizing
-    everything again.
+    XLA:CPU makes that array in the two axes that its products have, and for a sum over more axes once more, quantizing
+    everything again. Over a single one the sum reads the same array.
     """
     return (
         hardware.current().is_cpu
@@ -271,6 +276,7 @@ def _sums_as_product(value: QTensor | Array, axes: tuple[int, ...], batch_dims: 
         and value.tensor_scale is not None
         and all(size == 1 for size in value.tensor_scale.shape[batch_dims:])
         and axes == tuple(range(batch_dims, len(value.shape) - 1))
+        and len(axes) > 1
     )
 
 
