@@ -47,7 +47,7 @@ def test_a_wrong_result_gets_no_time(tmp_path, monkeypatch):
 @pytest.mark.standard_promotion
 @pytest.mark.skipif(QWIX, reason="shows what happens without qwix")
 def test_a_peer_that_is_not_installed_is_a_row_with_its_error():
-    row, ready = peers.measured("qwix", lambda product: product, (), {})
+    row, ready = peers.measured("qwix", lambda product: product, (), {}, tolerance=0.5)
     assert ready is None and "qwix" in row["error"]
 
 
