@@ -18,7 +18,14 @@ from fp4jax.comparison.report import read_numbers
 from fp4jax.comparison.tables import gap_table, pair_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("RESULTS.md", "docs/recipes.md", "docs/faults.md", "docs/benchmarks.md", "docs/mean_bias.md")
+PAGES = (
+    "RESULTS.md",
+    "docs/recipes.md",
+    "docs/faults.md",
+    "docs/benchmarks.md",
+    "docs/mean_bias.md",
+    "docs/profile.md",
+)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -123,9 +130,12 @@ def gaps(name: str) -> str:
     return _table(table.header, table.rows)
 
 
+CPU = ROOT / "benchmarks/results/x86_64_cpu"
+
+
 def step_tiny_cpu() -> str:
     """The tiny configuration's step by recipe, in processor time on one core."""
-    measured = json.loads((ROOT / "benchmarks/results/x86_64_cpu/step_tiny.json").read_text("utf-8"))
+    measured = json.loads((CPU / "step_tiny.json").read_text("utf-8"))
     rows = [
         (
             f"`{row['recipe']}`",
@@ -138,22 +148,74 @@ def step_tiny_cpu() -> str:
     return _table(("recipe", "ms", "temporary MiB", "over `bf16`", "over `nvfp4`"), rows)
 
 
-def peers() -> str:
-    """A linear layer under every contender, in processor time on one core."""
-    measured = json.loads((ROOT / "benchmarks/results/x86_64_cpu/peers_linear_2048x512x1536.json").read_text("utf-8"))
+def tokens_of_a_batch() -> str:
+    """Processor time of a token by the tokens in a batch."""
+    files = [
+        json.loads((CPU / f"step_tiny_{sequences}_sequences.json").read_text("utf-8")) for sequences in (8, 16, 32, 64)
+    ]
+    tokens = [measured["sequences"] * measured["length"] for measured in files]
+    by_recipe: dict[str, list[float]] = {}
+    for measured, size in zip(files, tokens, strict=True):
+        for row in measured["rows"]:
+            by_recipe.setdefault(row["recipe"], []).append(1e6 * row["median_seconds"] / size)
+    header = ("recipe", *(f"{size:,} tokens" for size in tokens), "largest over smallest")
+    rows = [
+        (f"`{recipe}`", *(f"{cost:.0f} us" for cost in costs), f"{max(costs) / min(costs):.2f}")
+        for recipe, costs in by_recipe.items()
+    ]
+    return _table(header, rows)
+
+
+def step_0p6b_cpu() -> str:
+    """The step of Qwen3-0.6B with 512 tokens."""
+    measured = json.loads((CPU / "step_0p6b.json").read_text("utf-8"))
+    rows = [
+        (
+            f"`{row['recipe']}`",
+            f"{row['median_seconds']:.1f}",
+            f"{(row['held_bytes'] + row['temporary_bytes']) / 1e9:.1f}",
+            f"{row['compile_seconds']:.0f}",
+            _ratio(row.get("over_bf16")),
+        )
+        for row in measured["rows"]
+    ]
+    return _table(("recipe", "s", "GB, by the compiler", "trace and compile, s", "over `bf16`"), rows)
+
+
+def profile() -> str:
+    """Milliseconds of a step by part."""
+    rows = json.loads((CPU / "profile_tiny.json").read_text("utf-8"))["rows"]
+    parts = tuple(rows[0]["seconds"])
+    return _table(
+        ("recipe", *(part.replace("_", " ") for part in parts), "together"),
+        [
+            (
+                f"`{row['recipe']}`",
+                *(f"{1e3 * s:.1f}" for s in (*row["seconds"].values(), sum(row["seconds"].values()))),
+            )
+            for row in rows
+        ],
+    )
+
+
+def peers(what: str) -> str:
+    """A linear layer or a transformer under every contender, in processor time on one core."""
+    measured = json.loads((CPU / f"peers_{what}.json").read_text("utf-8"))
+    kinds = {"y": "error of y", "dx": "of dX", "dw": "of dW", "loss": "error of loss", "gradient": "of the gradient"}
+    shown = [name for name in kinds if name in measured["rows"][0]["relative_error"]]
     rows = [
         (
             f"`{row['contender']}`",
             f"{1e3 * row['median_seconds']:.1f}",
             *(_ratio(row.get(f"over_{reference}")) for reference in ("f32", "nvfp4")),
-            *(f"{row['relative_error'][name]:.2g}" for name in ("y", "dx", "dw")),
+            *(f"{row['relative_error'][name]:.2g}" for name in shown),
             "; ".join(f"{count} {product}" for product, count in sorted(row["products"].items())),
             f"{row['temporary_bytes'] / 2**20:.0f}",
             f"{row['trace_seconds'] + row['compile_seconds']:.1f}",
         )
         for row in measured["rows"]
     ]
-    header = ("contender", "ms", "over `f32`", "over `nvfp4`", "error of y", "of dX", "of dW")
+    header = ("contender", "ms", "over `f32`", "over `nvfp4`", *(kinds[name] for name in shown))
     return _table((*header, "products", "temporary MiB", "trace and compile, s"), rows)
 
 
@@ -308,7 +370,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "step": step,
     "step_tiny_cpu": step_tiny_cpu,
-    "peers": peers,
+    "step_0p6b_cpu": step_0p6b_cpu,
+    "tokens_of_a_batch": tokens_of_a_batch,
+    "profile": profile,
+    "peers": functools.partial(peers, "linear_2048x512x1536"),
+    "peers_transformer": functools.partial(peers, "transformer"),
     "compare_60m": functools.partial(comparison, "compare_60m"),
     "compare_tiny": functools.partial(comparison, "compare_tiny"),
     "ablations": functools.partial(gaps, "ablations"),
