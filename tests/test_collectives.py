@@ -74,6 +74,21 @@ def test_a_mean_is_one_gather_and_nothing_else(recipe, mesh):
         assert count(recipe, mesh, "all-reduce") == count("nvfp4", mesh, "all-reduce")
 
 
+def test_shards_have_no_statistics_to_exchange():
+    """Of each device's sequences: what is left is the weight gradient, as without quantization."""
+    assert {opcode for opcode, _ in collectives("averis+shards8", "data")} == {"all-reduce"}
+    (gradients,) = [type for _, type in collectives("averis+shards8", "data")]
+    assert gradients.count("f32[") == gradients.count(f"f32[{WIDTH},{WIDTH}]") == LINEARS
+
+
+def test_maxima_of_kernels_are_still_of_all_of_them():
+    """Kernels have no shards: under fsdp, which splits them, their maxima travel, and codes and scales."""
+    maxima, gradients = [type for opcode, type in collectives("averis+shards8", "fsdp") if opcode == "all-reduce"]
+    assert "f32" not in maxima and maxima.count("s32[]") == 2 * LINEARS
+    assert gradients.count("f32[") == gradients.count(f"f32[{WIDTH},{WIDTH}]") == LINEARS
+    assert count("averis+shards8", "fsdp", "all-gather") == count("nvfp4", "fsdp", "all-gather")
+
+
 @pytest.mark.parametrize("mesh", ["data", "fsdp"])
 def test_maxima_that_are_ready_together_travel_together(mesh):
     """Both copies of X and of every D and, where they are split, every W; column sums with the weight gradients."""

@@ -160,7 +160,8 @@ def test_slots(name):
 
 def test_every_recipe_is_pinned():
     assert set(list_recipes()) <= set(SLOTS)
-    assert all(any(f"+{variant}" in name for name in SLOTS) for variant in recipes.list_variants())
+    numbered = {f"{variant.removesuffix('N')}8" if variant.endswith("N") else variant for variant in recipes.list_variants()}
+    assert all(any(f"+{variant}" in name for name in SLOTS) for variant in numbered)
 
 
 def test_slots_are_the_operands_of_the_gemms():
@@ -256,7 +257,8 @@ def test_str_is_the_table():
 def test_lists():
     assert list(list_recipes())[:5] == ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4"]
     assert set(recipes.list_variants()) == {
-        *("nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence", "2d", "four_six", "w_bf16", "fwd_bf16")
+        *("nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence", "2d", "four_six", "w_bf16", "fwd_bf16"),
+        "shardsN",
     }
     assert all(line and "\n" not in line for line in (list_recipes() | recipes.list_variants()).values())
 
@@ -304,6 +306,12 @@ def test_as_recipe():
         ("quartet2+four_six", "recipe quartet2 has no plain NVFP4 operand"),
         ("bf16+w_bf16", "recipe bf16 has no quantized weights"),
         ("bf16+fwd_bf16", "recipe bf16 has its forward in high precision already"),
+        ("averis+shards", "unknown variant 'shards' in 'averis.shards'; known: .*, shardsN"),
+        ("averis+shards0", "unknown variant 'shards0'"),
+        ("averis+shards8+shards4", "contradict or repeat"),
+        ("bf16+shards8", "recipe bf16 has no statistic of all tokens"),
+        ("mxfp4+shards8", "recipe mxfp4 has no statistic of all tokens"),
+        ("tetrajet2+shards8", "recipe tetrajet2 has no statistic of all tokens"),
         ("ternary+fwd_bf16", "recipe ternary quantizes nothing but the forward"),
     ],
 )
