@@ -379,7 +379,7 @@ def _check_prepared(name: str, operand, prepared, needed: Purpose) -> None:
             was, now = (getattr(value, "name", value) for value in (was, now))
             raise ValueError(f"{name} was prepared for {field.name} {was}, this product has {now}: prepare it for that")
     shape = operand.shape
-    if needed.side == "lhs":
+    if _SIDES[needed.side]:
         shape = shape_in_shards(shape, needed.recipe, needed.batch_dims)
     if prepared.forward.residual.shape != shape:
         raise ValueError(f"{name} was prepared from shape {prepared.forward.residual.shape}, this product has {shape}")

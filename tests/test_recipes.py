@@ -123,6 +123,7 @@ SLOTS = {
     ),
     "metis+sr_all": (low_rank(SR),) * 6,
     "ternary+w_bf16": (INT8, HIGH, HIGH, HIGH, FORWARDS, HIGH),
+    "averis+shards8": (mean(RNE), RNE, mean(SR), RNE, mean(RNE), mean(SR)),
     "averis+nearest": (mean(RNE), RNE, mean(RNE), RNE, mean(RNE), mean(RNE)),
     "averis+sr_all": (mean(SR), SR, mean(SR), SR, mean(SR), mean(SR)),
     "nvfp4+nearest": (RNE,) * 6,
@@ -160,8 +161,18 @@ def test_slots(name):
 
 def test_every_recipe_is_pinned():
     assert set(list_recipes()) <= set(SLOTS)
-    numbered = {f"{variant.removesuffix('N')}8" if variant.endswith("N") else variant for variant in recipes.list_variants()}
-    assert all(any(f"+{variant}" in name for name in SLOTS) for variant in numbered)
+    variants = [variant.replace("shardsN", "shards8") for variant in recipes.list_variants()]
+    assert all(any(f"+{variant}" in name for name in SLOTS) for variant in variants)
+
+
+def test_shards_are_the_recipe_s_and_stay_with_its_variants():
+    assert recipe("averis").shards is None and recipe("averis+shards8").shards == 8
+    assert recipe("averis+shards16+nearest") == dataclasses.replace(
+        recipe("averis+nearest"), name="averis+shards16+nearest", shards=16
+    )
+    assert str(recipe("averis+shards8")).startswith("recipe averis+shards8, statistics of each of 8 shards of the tok")
+    with pytest.raises(ValueError, match="shards must be at least 1, or None, got 0"):
+        Recipe("mine", shards=0)
 
 
 def test_slots_are_the_operands_of_the_gemms():

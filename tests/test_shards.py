@@ -1,4 +1,4 @@
-"""Recipes whose statistics are those of each shard of the batch: the mathematics on one device, and on a mesh of them."""
+"""Recipes whose statistics are each shard's own: what they compute on one device, and that a mesh computes the same."""
 
 import functools
 
