@@ -15,7 +15,11 @@ from fp4jax.numerics.bits import mix
 
 
 def vmappable(
-    stage: Callable, batch_dims: int, with_batch_dims: Callable[[int], Callable], per_token: tuple[bool, ...]
+    stage: Callable,
+    batch_dims: int,
+    with_batch_dims: Callable[[int], Callable],
+    per_token: tuple[bool, ...],
+    shard_axes: int = 0,
 ):
     """Wraps `stage(dense, weights, prepared, words, mask) -> tuple` with the rule above.
 
@@ -24,6 +28,7 @@ def vmappable(
         have size 1 there, `weights` have none; `words` are random words. It takes any number of token axes.
       with_batch_dims: the wrapped stage for another number of batch axes.
       per_token: for each output whether it has token axes (in full or of size 1) behind its batch axes.
+      shard_axes: in front of the token axes, those that count shards of them: more tokens are more of every shard.
     """
     function = jax.custom_batching.custom_vmap(stage)
 
@@ -48,10 +53,11 @@ def vmappable(
             ]
             outputs = with_batch_dims(batch_dims + 1)(*args, words, _to_batch(size, mask, mask_is))
             return outputs, jax.tree.map(lambda _: True, outputs)
-        dense, mask = (_to_tokens(size, batch_dims, *pair) for pair in ((dense, dense_is), (mask, mask_is)))
-        prepared = _to_tokens(1, batch_dims, prepared, prepared_is)
+        position = batch_dims + shard_axes
+        dense, mask = (_to_tokens(size, position, *pair) for pair in ((dense, dense_is), (mask, mask_is)))
+        prepared = _to_tokens(1, position, prepared, prepared_is)
         outputs = function(dense, weights, prepared, words, mask)
-        pairs = [_from_tokens(size, batch_dims, o) if is_token else (o, jax.tree.map(lambda _: False, o))
+        pairs = [_from_tokens(size, position, o) if is_token else (o, jax.tree.map(lambda _: False, o))
                  for o, is_token in zip(outputs, per_token, strict=True)]  # fmt: skip
         return tuple(value for value, _ in pairs), tuple(flag for _, flag in pairs)
 

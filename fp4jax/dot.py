@@ -31,6 +31,7 @@ from fp4jax.numerics import key_words, mask_rows
 from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, packed, prepare_tokens, prepare_weights
 from fp4jax.quantizers import Quantizer, best, by_kernels, by_xla
 from fp4jax.recipes import Gemm, Recipe, as_recipe
+from fp4jax.shards import in_shards, shape_in_shards
 from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
 
 # Name of prepared activations for `jax.checkpoint_policies.save_only_these_names`.
@@ -164,6 +165,8 @@ def prepare(
     fitting = _for_contractions(recipe, *(x.shape[-1], _MIN_CONTRACTION) if is_lhs else x.shape[-2:])
 
     def preparation(x, words, row_mask):
+        if is_lhs:
+            x, row_mask = _in_shards(x, row_mask, fitting, batch_dims)
         pair = (x, None) if is_lhs else (None, x)
         prepared = _prepare(fitting, batch_dims, quantizer, *pair, words, row_mask)[0 if is_lhs else 1]
         forward = prepared.forward if is_lhs and not forward_kept else packed(prepared.forward)
@@ -173,7 +176,8 @@ def prepare(
     mesh = explicit_mesh(x)
     # Shapes without shardings: not every step inside can be typed with Explicit axes.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
-    specs = None if mesh is None else specs_like(x, jax.eval_shape(preparation, *shapes), mesh)
+    cut = batch_dims if is_lhs and recipe.shard_axes else None
+    specs = None if mesh is None else specs_like(x, jax.eval_shape(preparation, *shapes), mesh, cut)
     prepared = with_auto_axes(preparation, mesh, specs)(*args)
     if is_lhs:
         prepared = jax.tree.map(lambda leaf: checkpoint_name(leaf, LINEAR_INPUTS), prepared)
@@ -190,10 +194,15 @@ def _product(
     asked, recipe = recipe, _for_contractions(recipe, x.shape[-1], w.shape[-1])
     short = tuple(size if size < _MIN_CONTRACTION and recipe != asked else None for size in (x.shape[-1], w.shape[-1]))
     spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, execution, precision, quantizer, short)
-    mask = None if row_mask is None else layout.row_mask(row_mask)
+    x, mask = _in_shards(x, None if row_mask is None else layout.row_mask(row_mask), recipe, layout.batch_dims)
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
     new_x, new_w = _prepare(recipe, spec.batch_dims, quantizer, raw_x, raw_w, words, mask)
     return layout.restore(_differentiable(spec)(x, w, lhs_q or new_x, rhs_q or new_w, words, mask, probe))
+
+
+def _in_shards(x, row_mask, recipe: Recipe, batch_dims: int):
+    """Tokens and their mask with the axis of shards of the recipe, where it has one."""
+    return tuple(array if array is None else in_shards(array, recipe, batch_dims) for array in (x, row_mask))
 
 
 def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words, mask):
@@ -246,12 +255,16 @@ def _preparation(recipe: Recipe, batch_dims: int, quantizer: Quantizer):
     def stage(x, w, unused, words, mask):
         del unused
         with scopes.of_recipe(recipe.name), scopes.of_preparation():
+            row_dims = batch_dims + recipe.shard_axes
             return (
-                None if x is None else prepare_tokens(x, recipe, X_SLOTS, batch_dims, words, mask, quantizer),
+                None if x is None else prepare_tokens(x, recipe, X_SLOTS, row_dims, words, mask, quantizer),
                 None if w is None else prepare_weights(w, recipe, batch_dims, words, quantizer),
             )
 
-    return vmappable(stage, batch_dims, lambda dims: _preparation(recipe, dims, quantizer), per_token=(True, False))
+    def again(batch_dims):
+        return _preparation(recipe, batch_dims, quantizer)
+
+    return vmappable(stage, batch_dims, again, per_token=(True, False), shard_axes=recipe.shard_axes)
 
 
 @functools.lru_cache(_PROGRAMS)
@@ -259,26 +272,32 @@ def _fprop(spec: _Spec):
     def stage(unused, w, x, words, mask):
         del unused, words
         with scopes.of_recipe(spec.recipe.name), scopes.of_gemm("fprop", spec.short[0]):
-            y = gemms.contract_features(x, w, -2, spec.batch_dims, spec.execution, spec.precision, mask, spec.dtype)
+            how = (spec.execution, spec.precision, mask, spec.dtype, spec.recipe.shard_axes)
+            y = gemms.contract_features(x, w, -2, spec.batch_dims, *how)
         return (y.astype(spec.dtype),)
 
-    return vmappable(stage, spec.batch_dims, lambda dims: _fprop(spec.with_batch_dims(dims)), per_token=(True,))
+    def again(batch_dims):
+        return _fprop(spec.with_batch_dims(batch_dims))
+
+    return vmappable(stage, spec.batch_dims, again, per_token=(True,), shard_axes=spec.recipe.shard_axes)
 
 
 @functools.lru_cache(_PROGRAMS)
 def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
     def stage(d, w, x, words, mask):
-        recipe, batch_dims = spec.recipe, spec.batch_dims
+        recipe, batch_dims, shard_axes = spec.recipe, spec.batch_dims, spec.recipe.shard_axes
         d = mask_rows(d, mask)
         with scopes.of_recipe(recipe.name), scopes.of_preparation():
-            dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
+            dq = prepare_tokens(
+                d, recipe, D_SLOTS, batch_dims + shard_axes, words, mask, spec.quantizer, partners=(w, x)
+            )
         how = (spec.execution, spec.precision, mask)
 
         def contract(x, d_part):
             return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, *how)
 
         with scopes.of_recipe(recipe.name), scopes.of_gemm("dgrad", spec.short[0] or spec.short[1]):
-            dx = gemms.contract_features(dq.forward, w, -1, batch_dims, *how, spec.lhs_dtype)
+            dx = gemms.contract_features(dq.forward, w, -1, batch_dims, *how, spec.lhs_dtype, shard_axes)
         with scopes.of_recipe(recipe.name), scopes.of_gemm("wgrad", spec.short[0]):
             dw = contract(x, dq.backward)
         statistics = None
@@ -289,7 +308,8 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
     def again(batch_dims):
         return _dgrad_and_wgrad(spec.with_batch_dims(batch_dims), with_statistics)
 
-    return vmappable(stage, spec.batch_dims, again, per_token=(True, False, False))
+    per_token, shard_axes = (True, False, False), spec.recipe.shard_axes
+    return vmappable(stage, spec.batch_dims, again, per_token, shard_axes)
 
 
 def _for_contractions(recipe: Recipe, inputs: int, outputs: int) -> Recipe:
@@ -298,7 +318,7 @@ def _for_contractions(recipe: Recipe, inputs: int, outputs: int) -> Recipe:
         return recipe
     _report_high_precision(recipe.name, inputs, outputs)
     if inputs < _MIN_CONTRACTION:
-        return Recipe(recipe.name)
+        return Recipe(recipe.name, shards=recipe.shards)
     return dataclasses.replace(recipe, dgrad=Gemm())
 
 
@@ -358,10 +378,11 @@ def _check_prepared(name: str, operand, prepared, needed: Purpose) -> None:
         if was != now:
             was, now = (getattr(value, "name", value) for value in (was, now))
             raise ValueError(f"{name} was prepared for {field.name} {was}, this product has {now}: prepare it for that")
-    if prepared.forward.residual.shape != operand.shape:
-        raise ValueError(
-            f"{name} was prepared from shape {prepared.forward.residual.shape}, this product has {operand.shape}"
-        )
+    shape = operand.shape
+    if _SIDES[needed.side]:
+        shape = shape_in_shards(shape, needed.recipe, needed.batch_dims)
+    if prepared.forward.residual.shape != shape:
+        raise ValueError(f"{name} was prepared from shape {prepared.forward.residual.shape}, this product has {shape}")
 
 
 def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe) -> None:

@@ -34,12 +34,16 @@ def with_auto_axes(function: Callable, mesh, out_sharding) -> Callable:
     return run
 
 
-def specs_like(x: jax.Array, tree, mesh):
+def specs_like(x: jax.Array, tree, mesh, cut: int | None = None):
     """PartitionSpecs for arrays that have x's axes, some of them reduced, packed or in blocks.
 
     An axis is sharded as x's is where its size still divides by the number of shards.
+
+    cut: the axis of x that the arrays have in two, of which the first is sharded.
     """
-    spec = jax.typeof(x).sharding.spec
+    spec = list(jax.typeof(x).sharding.spec)
+    if cut is not None:
+        spec.insert(cut + 1, None)
     shards = [_shards(entry, mesh) for entry in spec]
 
     def of(leaf):

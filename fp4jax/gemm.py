@@ -57,11 +57,14 @@ class Execution:
 
 
 def contract_features(
-    lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, execution: Execution, precision, row_mask, dtype: jnp.dtype
-) -> Float[Array, "..."]:
+    lhs: Part, rhs: Part, rhs_axis: int, batch_dims: int, execution: Execution, precision, row_mask, dtype: jnp.dtype,
+    shard_axes: int = 0,
+) -> Float[Array, "..."]:  # fmt: skip
     """fprop (`rhs_axis` -2: W's K) and dgrad (-1: W's N): [*batch, *tokens, features] × W → [*batch, *tokens, out].
 
-    dtype: what the caller rounds the result to, which is in float32 here.
+    Args:
+      dtype: what the caller rounds the result to, which is in float32 here.
+      shard_axes: behind the batch axes, those of lhs that count shards of the tokens.
     """
     product = functools.partial(
         _times_weights, weights=rhs, rhs_axis=rhs_axis, batch_dims=batch_dims, execution=execution, precision=precision
@@ -76,15 +79,17 @@ def contract_features(
             row = product(lhs.mean, few_rows=True)
             result = result + (row if row_mask is None else jnp.where(row_mask[..., None], row, 0.0))
         if lhs.low_rank is not None:
-            left, right = low_rank_factors_of(lhs.low_rank, batch_dims)
-            result = result + _exact(left, product(right, few_rows=True), ((left.ndim - 1,), (batch_dims,)), batch_dims)
+            row_dims = batch_dims + shard_axes
+            left, right = low_rank_factors_of(lhs.low_rank, row_dims)
+            result = result + _exact(left, product(right, few_rows=True), ((left.ndim - 1,), (row_dims,)), row_dims)
     return result
 
 
 def contract_tokens(
     x: Part, d: Part, recipe: Recipe, shape: Shape, batch_dims: int, execution: Execution, precision, row_mask
 ) -> Float[Array, "*batch K N"]:
-    """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]."""
+    """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]; shards are token axes."""
+    batch_dims += recipe.shard_axes
     product = functools.partial(
         _over_tokens, rank=len(shape), batch_dims=batch_dims, execution=execution, precision=precision
     )
@@ -105,7 +110,8 @@ def contract_tokens(
             _, right = low_rank_factors_of(d.low_rank, batch_dims)
             left = jnp.swapaxes(_as_rows(d.low_rank.scale, batch_dims), -1, -2) * against(d.low_rank.left)
             result = result + _exact(left, right, ((batch_dims + 1,), (batch_dims,)), batch_dims)
-        return result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask)
+        result = result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask)
+        return jnp.sum(result, axis=-3) if recipe.shard_axes else result
 
 
 def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_mask):

@@ -89,6 +89,22 @@ def on_every_device(rows: Array) -> Array:
     return lax.with_sharding_constraint(rows, PartitionSpec(*[free] * (rows.ndim - 2), None, free))
 
 
+def rows_everywhere[Tree](tree: Tree) -> Tree:
+    """Arrays of one row, [1, ..., 1, features] each, on every device that has their features; others as they are.
+
+    Left to choose, the compiler cuts a row of statistics over the batch's devices, as it cuts the rows of the weight
+    gradient that the row enters: by an all-to-all, and gathers it again for the tokens that it is subtracted from.
+    """
+    over = {name for name, size in auto_axes().items() if name in BATCH_AXES and size > 1}
+    if not over:
+        return tree
+    # A sharding constraint cannot leave the features to some axes of the mesh and forbid them to others. What leaves a
+    # shard_map over the latter can.
+    whole = PartitionSpec()
+    pinned = jax.jit(jax.shard_map(lambda row: row, in_specs=whole, out_specs=whole, axis_names=over))
+    return jax.tree.map(lambda row: pinned(row) if math.prod(row.shape[:-1]) == 1 else row, tree)
+
+
 def auto_axes() -> dict[str, int]:
     """The sizes of those of our axes over which the compiler shards; of no others are we the master."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -321,7 +321,8 @@ def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
         mean = column_mean(x, axes, row_mask, layout.batch_shards(), layout.on_every_device)
-    as_operand = context.quantize(Rows(mean), split.mean, f"mean.{name}", -1)
+    mean = layout.rows_everywhere(mean)
+    as_operand = layout.rows_everywhere(context.quantize(Rows(mean), split.mean, f"mean.{name}", -1))
     center = _made_once(dequantize(as_operand)) if split.center is Center.QUANTIZED_MEAN else mean
     if row_mask is not None:
         return _SplitOff(mean=as_operand), Rows(residual(x, center, row_mask))

@@ -218,6 +218,10 @@ class Gemm:
 class Recipe:
     """Three GEMMs. Frozen and hashable; `str` gives the six-slot table.
 
+    Attributes:
+      shards: equal parts that the first token axis is cut into, each with means, low-rank parts and float32 scales of
+        its own (`fp4jax.shards`); None: all tokens share them.
+
     >>> from fp4jax.numerics import NVFP4
     >>> forward_only = Recipe("forward_only", fprop=Gemm(Operand(NVFP4), Operand(NVFP4)))
     >>> str(forward_only.slots["fprop.x"]), str(forward_only.slots["wgrad.g"])
@@ -228,8 +232,11 @@ class Recipe:
     fprop: Gemm = Gemm()
     dgrad: Gemm = Gemm()
     wgrad: Gemm = Gemm()
+    shards: int | None = None
 
     def __post_init__(self):
+        if self.shards is not None and self.shards < 1:
+            raise ValueError(f"recipe {self.name}: shards must be at least 1, or None, got {self.shards}")
         self._check_splits()
         if self.fprop.lhs.fresh_signs:
             raise ValueError(
@@ -299,15 +306,23 @@ class Recipe:
         """Whether the two products of the backward need random bits."""
         return any(operand.draws for slot, operand in self.slots.items() if not slot.startswith("fprop"))
 
+    @property
+    def shard_axes(self) -> int:
+        """1 where an axis of shards stands in front of the token axes of what is prepared from tokens, else 0."""
+        return 0 if self.shards is None else 1
+
     def map_operands(self, function: Callable[[str, Operand], Operand], name: str | None = None) -> "Recipe":
         """The recipe with `function(slot, operand)` in every slot."""
         new = {slot: function(slot, operand) for slot, operand in self.slots.items()}
-        return Recipe(
-            name or self.name,
+        return dataclasses.replace(
+            self,
+            name=name or self.name,
             fprop=Gemm(new["fprop.x"], new["fprop.w"]),
             dgrad=Gemm(new["dgrad.g"], new["dgrad.w"]),
             wgrad=Gemm(new["wgrad.x"], new["wgrad.g"]),
         )
 
     def __str__(self) -> str:
-        return "\n".join([f"recipe {self.name}", *(f"  {slot:8} {operand}" for slot, operand in self.slots.items())])
+        parts = "" if self.shards is None else f", statistics of each of {self.shards} shards of the tokens"
+        slots = (f"  {slot:8} {operand}" for slot, operand in self.slots.items())
+        return "\n".join([f"recipe {self.name}{parts}", *slots])

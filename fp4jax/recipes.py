@@ -7,6 +7,7 @@ lists them, or prints the six slots of those named.
 
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from fp4jax.numerics import (
     NVFP4_OUTER128,
     SIGN,
     TERNARY,
+    Extent,
     Format,
     Rounding,
     ScaleRounding,
@@ -261,6 +263,13 @@ def _weights_in_high_precision(recipe: Recipe) -> Recipe:
     return recipe.map_operands(lambda slot, operand: _unquantized(operand) if slot.endswith(".w") else operand)
 
 
+def _in_shards(recipe: Recipe, number: int) -> Recipe:
+    tokens = [operand for slot, operand in recipe.slots.items() if not slot.endswith(".w")]
+    if not any(operand.split or (operand.format and operand.format.outer is Extent.MATRIX) for operand in tokens):
+        raise ValueError(f"recipe {recipe.name} has no statistic of all tokens that a shard could have its own of")
+    return dataclasses.replace(recipe, shards=number)
+
+
 def _forward_in_high_precision(recipe: Recipe) -> Recipe:
     """The backward's operands then have no quantized copy to be made from: they are made from the original."""
     if recipe.fprop.is_high_precision:
@@ -288,6 +297,10 @@ _VARIANTS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "w_bf16": ("weights kept in high precision", _weights_in_high_precision),
     "fwd_bf16": ("forward product in high precision", _forward_in_high_precision),
 }
+_NUMBERED: dict[str, tuple[str, Callable[[Recipe, int], Recipe]]] = {
+    "shards": ("means and float32 scales of each of N equal shards of the batch (shards8), not of all", _in_shards),
+}
+"""Variants that end in a number."""
 _CONTRADICTIONS = (
     {"nearest", "sr_all"}, {"x_only", "d_only"}, {"w_bf16", "2d"}
 )  # fmt: skip
@@ -315,16 +328,24 @@ def recipe(name: str) -> Recipe:
     base, *variants = name.split("+")
     if base not in _RECIPES:
         raise ValueError(f"unknown recipe {base!r}; known: {', '.join(_RECIPES)}")
-    for variant in variants:
-        if variant not in _VARIANTS:
-            raise ValueError(f"unknown variant {variant!r} in {name!r}; known: {', '.join(_VARIANTS)}")
-    contradictory = any(pair <= set(variants) for pair in _CONTRADICTIONS)
-    if contradictory or len(set(variants)) != len(variants):
+    changes = {variant: _variant(variant, name) for variant in variants}
+    kinds = {variant if variant in _VARIANTS else variant.rstrip("0123456789") for variant in variants}
+    if any(pair <= kinds for pair in _CONTRADICTIONS) or len(kinds) != len(variants):
         raise ValueError(f"the variants of {name!r} contradict or repeat each other")
     result = _RECIPES[base][1](base)
     for variant in variants:
-        result = _VARIANTS[variant][1](result)
+        result = changes[variant](result)
     return dataclasses.replace(result, name=name)
+
+
+def _variant(variant: str, name: str) -> Callable[[Recipe], Recipe]:
+    """What a variant does."""
+    if variant in _VARIANTS:
+        return _VARIANTS[variant][1]
+    numbered = re.fullmatch(r"(\D+)([1-9]\d*)", variant)
+    if numbered is None or numbered[1] not in _NUMBERED:
+        raise ValueError(f"unknown variant {variant!r} in {name!r}; known: {', '.join(list_variants())}")
+    return functools.partial(_NUMBERED[numbered[1]][1], number=int(numbered[2]))
 
 
 def as_recipe(value: str | Recipe) -> Recipe:
@@ -346,12 +367,13 @@ def list_recipes() -> dict[str, str]:
 
 
 def list_variants() -> dict[str, str]:
-    """Every variant (`recipe+variant`) with one line about it.
+    """Every variant (`recipe+variant`) with one line about it; N stands for a number.
 
     >>> list_variants()["nearest"]
     'round to nearest everywhere: deterministic'
     """
-    return {name: line for name, (line, _) in _VARIANTS.items()}
+    numbered = {f"{name}N": line for name, (line, _) in _NUMBERED.items()}
+    return {name: line for name, (line, _) in _VARIANTS.items()} | numbered
 
 
 def main(names: list[str]) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 from fp4jax.numerics import QTensor, column_mean, hadamard, mask_rows, residual, row_count
 from fp4jax.operands import Part, Prepared, dequantize, exact_low_rank, low_rank_product, mean_axes
 from fp4jax.recipes import Center, LowRankSplit, MeanSplit, Operand, Recipe
+from fp4jax.shards import in_shards
 
 # Of one operand of one GEMM. Energies are sums of squares; the counts are zero for an operand in high precision.
 OPERAND_STATISTICS = (
@@ -86,11 +87,13 @@ def forward_statistics(x, xq: Prepared, w, wq: Prepared, recipe: Recipe, row_mas
     """
     x, w = lax.stop_gradient((x, w))
     batch_dims = w.ndim - 2
+    x = in_shards(x, recipe, batch_dims)
+    row_mask = None if row_mask is None else in_shards(row_mask, recipe, batch_dims)
     found = (
-        operand_statistics(x, xq.forward, recipe.fprop.lhs, -1, batch_dims, row_mask),
+        _of_tokens(x, xq.forward, recipe.fprop.lhs, -1, recipe, batch_dims, row_mask),
         operand_statistics(w, wq.forward, recipe.fprop.rhs, -2, batch_dims),
         operand_statistics(w, wq.backward, recipe.dgrad.rhs, -1, batch_dims),
-        operand_statistics(x, xq.backward, recipe.wgrad.lhs, -2, batch_dims, row_mask),
+        _of_tokens(x, xq.backward, recipe.wgrad.lhs, -2, recipe, batch_dims, row_mask),
     )
     found = jnp.concatenate(found, axis=-1)
     return found if batch_dims == 0 else jnp.sum(found, axis=tuple(range(batch_dims)))
@@ -103,15 +106,22 @@ def gradient_statistics(
     """GRADIENT_STATISTICS of one output gradient [*batch, *tokens, N] and of the weight gradient it gives.
 
     Args:
+      d: with an axis of shards in front of its tokens, where the recipe has them.
       dq: the prepared copies of d; x: the other operand of wgrad.
       dw: [*batch, K, N], what contract(x, dq.backward) gave; contract: wgrad on prepared operands.
     """
     found = (
-        operand_statistics(d, dq.forward, recipe.dgrad.lhs, -1, batch_dims, row_mask),
-        operand_statistics(d, dq.backward, recipe.wgrad.rhs, -2, batch_dims, row_mask),
+        _of_tokens(d, dq.forward, recipe.dgrad.lhs, -1, recipe, batch_dims, row_mask),
+        _of_tokens(d, dq.backward, recipe.wgrad.rhs, -2, recipe, batch_dims, row_mask),
         _split_statistics(x, dq.backward, dw, contract),
     )
     return jnp.concatenate(found, axis=-1)
+
+
+def _of_tokens(x, part: Part, operand: Operand, axis: int, recipe: Recipe, batch_dims: int, row_mask):
+    """`operand_statistics` of an operand whose rows are tokens, added over the recipe's shards of them."""
+    found = operand_statistics(x, part, operand, axis, batch_dims + recipe.shard_axes, row_mask)
+    return jnp.sum(found, axis=batch_dims) if recipe.shard_axes else found
 
 
 @functools.partial(jax.jit, static_argnames=("operand", "axis", "batch_dims"))  # traced once for equal operands

@@ -32,6 +32,7 @@ LEVELS = {
     "fp4jax.numerics": 0,
     "fp4jax.recipe_types": 1,
     "fp4jax.recipes": 1,
+    "fp4jax.shards": 1,
     "pallas_kernels": 1,
     "fp4jax.dot": 2,
     "fp4jax.canonical": 2,

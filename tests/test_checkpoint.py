@@ -140,6 +140,15 @@ def test_key_that_the_checkpoint_does_not_know_had_its_default():
     assert config_differences(saved, config) == ["optimizer.eps 1e-08 → 1e-06"]
 
 
+def test_the_number_of_shards_is_part_of_the_recipe():
+    """On another mesh a run goes on with its own; statistics of others would be another recipe."""
+    saved = default_config()
+    saved.recipe = "averis+shards8"
+    config = default_config()
+    config.recipe, config.mesh.data = "averis+shards4", 4
+    assert config_differences(saved.to_dict(), config) == ["recipe 'averis+shards8' → 'averis+shards4'"]
+
+
 def test_long_values_are_cut_in_the_message():
     config = default_config()
     config.policy = str([["." * 200, "run"]])

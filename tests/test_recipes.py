@@ -123,6 +123,7 @@ SLOTS = {
     ),
     "metis+sr_all": (low_rank(SR),) * 6,
     "ternary+w_bf16": (INT8, HIGH, HIGH, HIGH, FORWARDS, HIGH),
+    "averis+shards8": (mean(RNE), RNE, mean(SR), RNE, mean(RNE), mean(SR)),
     "averis+nearest": (mean(RNE), RNE, mean(RNE), RNE, mean(RNE), mean(RNE)),
     "averis+sr_all": (mean(SR), SR, mean(SR), SR, mean(SR), mean(SR)),
     "nvfp4+nearest": (RNE,) * 6,
@@ -160,7 +161,18 @@ def test_slots(name):
 
 def test_every_recipe_is_pinned():
     assert set(list_recipes()) <= set(SLOTS)
-    assert all(any(f"+{variant}" in name for name in SLOTS) for variant in recipes.list_variants())
+    variants = [variant.replace("shardsN", "shards8") for variant in recipes.list_variants()]
+    assert all(any(f"+{variant}" in name for name in SLOTS) for variant in variants)
+
+
+def test_shards_are_the_recipe_s_and_stay_with_its_variants():
+    assert recipe("averis").shards is None and recipe("averis+shards8").shards == 8
+    assert recipe("averis+shards16+nearest") == dataclasses.replace(
+        recipe("averis+nearest"), name="averis+shards16+nearest", shards=16
+    )
+    assert str(recipe("averis+shards8")).startswith("recipe averis+shards8, statistics of each of 8 shards of the tok")
+    with pytest.raises(ValueError, match="shards must be at least 1, or None, got 0"):
+        Recipe("mine", shards=0)
 
 
 def test_slots_are_the_operands_of_the_gemms():
@@ -256,7 +268,8 @@ def test_str_is_the_table():
 def test_lists():
     assert list(list_recipes())[:5] == ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4"]
     assert set(recipes.list_variants()) == {
-        *("nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence", "2d", "four_six", "w_bf16", "fwd_bf16")
+        *("nearest", "sr_all", "mean_bf16", "x_only", "d_only", "per_sequence", "2d", "four_six", "w_bf16", "fwd_bf16"),
+        "shardsN",
     }
     assert all(line and "\n" not in line for line in (list_recipes() | recipes.list_variants()).values())
 
@@ -304,6 +317,12 @@ def test_as_recipe():
         ("quartet2+four_six", "recipe quartet2 has no plain NVFP4 operand"),
         ("bf16+w_bf16", "recipe bf16 has no quantized weights"),
         ("bf16+fwd_bf16", "recipe bf16 has its forward in high precision already"),
+        ("averis+shards", "unknown variant 'shards' in 'averis.shards'; known: .*, shardsN"),
+        ("averis+shards0", "unknown variant 'shards0'"),
+        ("averis+shards8+shards4", "contradict or repeat"),
+        ("bf16+shards8", "recipe bf16 has no statistic of all tokens"),
+        ("mxfp4+shards8", "recipe mxfp4 has no statistic of all tokens"),
+        ("tetrajet2+shards8", "recipe tetrajet2 has no statistic of all tokens"),
         ("ternary+fwd_bf16", "recipe ternary quantizes nothing but the forward"),
     ],
 )

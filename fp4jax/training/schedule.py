@@ -8,7 +8,7 @@ belongs to depends on its number and the configuration alone, so a resumed run i
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ import ml_collections
 from fp4jax import models
 from fp4jax.config import ConfigError, config_from
 from fp4jax.policy import RUN_RECIPE, self_contained
-from fp4jax.recipes import recipe
+from fp4jax.recipes import Recipe, recipe
 
 _PHASE = re.compile(r"([^:]+):(?:(\d+(?:\.\d+)?)%|(\d+))")
 _FORM = 'RECIPE:END, END in percent of the steps or a step number, for example "bf16:1%,run:100%"'
@@ -100,7 +100,7 @@ def settle(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config = copy.deepcopy(config)
     config.policy = self_contained(config.policy)
     for phase in phases(config):
-        models.linear_recipes(config_of(config, phase))
+        _check_shards(config, models.linear_recipes(config_of(config, phase)).values())
     if config.schedule:
         *others, last = (text.strip() for text in config.schedule.split(","))
         config.schedule = ",".join([*others, f"{last.partition(':')[0]}:100%"])
@@ -145,6 +145,18 @@ def _check_recipe(name: str, where: str) -> None:
         recipe(name)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_shards(config: ml_collections.ConfigDict, recipes: Iterable[Recipe]) -> None:
+    """Whether the sequences that a layer sees at once divide into the shards of its recipe."""
+    rows = config.batch_size // config.microbatches
+    for found in recipes:
+        if found.shards is not None and rows % found.shards:
+            raise ConfigError(
+                f"recipe {found.name!r} cuts the sequences of a microbatch into {found.shards} shards, and there are "
+                f"{rows} (batch_size / microbatches); use batch_size={found.shards * config.microbatches} or a "
+                f"multiple, or shards{math.gcd(rows, found.shards)}"
+            )
 
 
 def recipe_at(saved: Mapping | ml_collections.ConfigDict, step: int) -> str:

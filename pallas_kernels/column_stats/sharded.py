@@ -2,7 +2,7 @@
 
 The rows of a shard that follow one another in the whole array, a run, divide into stretches of 2^k rows that are
 subtrees of the whole sum. Each device adds up its stretches; their sums, few and small, are exchanged, and every device
-adds them by the same tree. Minima and maxima are reduced over the devices.
+adds them by the same tree. Maxima and negated minima are reduced over the devices, together.
 """
 
 import math
@@ -54,5 +54,6 @@ def _of_shard(x, shards: Shards, batch_dims: int, inner: int, interpret: bool) -
     least = jnp.min(minima.reshape(of_matrix), axis=-2)
     largest = jnp.max(maxima.reshape(of_matrix), axis=-2)
     names = shards.across(tokens)
-    parts = tree_sum(sums.reshape(of_matrix)), lax.pmin(least, names), lax.pmax(largest, names)
+    negated, largest = lax.pmax(jnp.stack([-least, largest]), names)
+    parts = tree_sum(sums.reshape(of_matrix)), -negated, largest
     return tuple(part.reshape(shape) for part in parts)

@@ -57,6 +57,17 @@ def test_one_step_in_fp4(wide_config, batch, recipe):
     assert difference <= 1e-3 * whole
 
 
+@pytest.mark.slow
+def test_shards_train_alike_on_one_device_and_on_eight(config, batch):
+    """The first loss; later ones part, as rounding is discontinuous (RESULTS.md, "One device and eight")."""
+    config.recipe, config.steps = "averis+nearest+shards8", 2
+    one, eight = ([v["loss"] for v in run_steps(config, batch, 2, mesh)] for mesh in (None, mesh_of(data=8)))
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-6)
+    assert one[1] < one[0] and eight[1] < eight[0]
+    config.recipe = "averis+nearest"
+    assert run_steps(config, batch, 1)[0]["loss"] != one[0]
+
+
 def gathered_when_prepared(config, **changes):
     """(every kind of array that is gathered, bytes of kernels) on eight devices while a step's kernels are prepared."""
     config.mesh.fsdp, config.recipe = 8, changes.pop("recipe", "averis")

@@ -92,6 +92,18 @@ def test_unknown_recipe_without_a_schedule():
         phases(scheduled("", recipe="averiz"))
 
 
+def test_shards_that_the_batch_does_not_hold():
+    config = scheduled("bf16:1%,run:100%", recipe="averis+shards8")
+    assert settle(config).recipe == "averis+shards8"
+    config.microbatches = 2
+    message = (
+        "recipe 'averis+shards8' cuts the sequences of a microbatch into 8 shards, and there are 4 (batch_size / "
+        "microbatches); use batch_size=16 or a multiple, or shards4"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        settle(config)
+
+
 def test_settled_config_refers_to_nothing_and_can_be_made_longer(tmp_path):
     PolicyFile((("mlp", "run"), (".", "bf16"))).save(tmp_path / "scan.json")
     config = scheduled("bf16:10, run:1000")
