@@ -70,8 +70,8 @@ class Side:
 
 
 def _row_layout(*removed: int):
-    """[rows, bytes]: 4 lanes beside one another have the 64 bytes of a row."""
-    layout = compat.tiled_layout(((32, BYTES), (8, BYTES), (1, 16)), (-6,), (-4, -3), -1)
+    """[rows, bytes]: a lane has the bytes of a block, 8 lanes beside one another those of a row."""
+    layout = compat.tiled_layout(((16, BYTES), (4, BYTES), (1, _BLOCK_BYTES)), (-6,), (-4, -3), -1)
     return layout.reduce(removed) if removed else layout
 
 
@@ -98,18 +98,18 @@ def _decode_rows(extent, loaded, tile_ref, warpgroup):
     codes, scales = loaded[: len(parts)], loaded[len(parts) :]
     for i, first in enumerate(parts):
         low, high = (lax.broadcast_in_dim(word, column.shape, (0,)) for word in scales[2 * i : 2 * i + 2])
-        word = jnp.where(column < jnp.uint32(_WORD_BLOCKS * _BLOCK_BYTES), low, high)
-        byte = word >> (column // _BLOCK_BYTES % _WORD_BLOCKS * 8) & jnp.uint32(0xFF)
+        word = jnp.where((column & jnp.uint32(32)) == 0, low, high)
+        byte = word >> (column & jnp.uint32(24)) & jnp.uint32(0xFF)
         for half, values in enumerate(_values(codes[i], _scale(byte))):
-            compat.store(tile_ref.at[half, pl.ds(first, _ROWS)], values, _row_layout())
+            tile_ref[half, pl.ds(first, _ROWS)] = values
 
 
 @functools.cache
 def _column_layout(extent: int, *removed: int):
-    """[bytes of a block, extent]: a lane has 4 columns, as many warps and lanes beside one another as fill them."""
-    rows = extent // 64
-    tiles = ((_BLOCK_BYTES, extent), (_BLOCK_BYTES, extent // 4), (rows, 4), (1, 4))
-    layout = compat.tiled_layout(tiles, (-7,), (-6, -5), -1)
+    """[bytes of a block, extent]: a lane has 4 columns, 16 lanes beside one another 64, so that no banks collide."""
+    rows = extent // 64  # of a lane; twice that of a warp, the warps lie over the columns first
+    tiles = ((_BLOCK_BYTES, extent), (2 * rows, 64), (rows, 4), (1, 4))
+    layout = compat.tiled_layout(tiles, (-8, -7), (-6, -5), -1)
     return layout.reduce(removed) if removed else layout
 
 
@@ -132,7 +132,7 @@ def _decode_columns(extent, loaded, tile_ref, warpgroup):
         scale = lax.broadcast_in_dim(_scale(scales.astype(jnp.uint32)), codes.shape, (1,))
         rows = pl.ds(pl.multiple_of(block * _BLOCK_BYTES, _BLOCK_BYTES), _BLOCK_BYTES)
         for half, values in enumerate(_values(codes, scale)):
-            compat.store(tile_ref.at[half, rows], values, _column_layout(extent))
+            tile_ref[half, rows] = values
 
 
 def _values(codes, scale: Float16[Array, "..."]) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:

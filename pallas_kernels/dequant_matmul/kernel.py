@@ -65,9 +65,11 @@ def _kernel(
     row = jnp.minimum(lax.axis_index("m") * left.extent, m - left.extent)
     column = jnp.minimum(lax.axis_index("n") * right.extent, n - right.extent)
 
-    def load(step):
-        at = step, warpgroup
-        return left.load(left_codes, left_scales, batch, row, *at), right.load(right_codes, right_scales, batch, column, *at)
+    def load_left(step):
+        return left.load(left_codes, left_scales, batch, row, step, warpgroup)
+
+    def load_right(step):
+        return right.load(right_codes, right_scales, batch, column, step, warpgroup)
 
     mine = left.extent // decode.WARPGROUPS
     rows = pl.ds(pl.multiple_of(warpgroup * mine, mine), mine)
@@ -75,9 +77,11 @@ def _kernel(
     def accumulate(total_ref):
         def step(i, loaded):
             slot = lax.rem(i, _SLOTS)
-            following = load(jnp.minimum(i + 1, steps - 1))
+            following = jnp.minimum(i + 1, steps - 1)
             left.decode(loaded[0], left_tiles.at[slot], warpgroup)
+            next_left = load_left(following)
             right.decode(loaded[1], right_tiles.at[slot], warpgroup)
+            next_right = load_right(following)
             plgpu.commit_smem()
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(decoded)
@@ -87,9 +91,9 @@ def _kernel(
                 a = a.at[:, rows].transpose((1, 0)) if left.columns else a.at[rows]
                 b = right_tiles.at[slot, half]
                 plgpu.wgmma(total_ref, a, b if right.columns else b.transpose((1, 0)))
-            return following
+            return next_left, next_right
 
-        lax.fori_loop(0, steps, step, load(0))
+        lax.fori_loop(0, steps, step, (load_left(0), load_right(0)))
         return total_ref[...]
 
     total = pl.run_scoped(accumulate, plgpu.ACC((mine, right.extent), jnp.float32))
