@@ -14,12 +14,17 @@ from pallas_kernels.dequant_matmul import decode
 from pallas_kernels.dequant_matmul.decode import Side
 
 TILE_M = 128
+MIN_ROWS = 128
+"""Of either operand: a tile."""
+
 _SLOTS = 2
 _SWIZZLE = 128
 _TRANSFORMS = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
 
 
+
 def tile_n(n: int) -> int:
+    """Columns of a tile: what is decoded of the left operand is decoded once for each tile across."""
     return 256 if n >= 256 else 128
 
 
