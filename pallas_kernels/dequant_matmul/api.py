@@ -24,7 +24,9 @@ def unsupported_reason(device: compat.Device | None = None) -> str | None:
     if device.platform in ("gpu", "cuda") and capability == _CAPABILITY:
         return None
     found = capability if device.platform in ("gpu", "cuda") else device.platform
-    return f"wgmma needs an NVIDIA GPU of compute capability {_CAPABILITY}, the device is {device.device_kind} ({found})"
+    return (
+        f"wgmma needs an NVIDIA GPU of compute capability {_CAPABILITY}, the device is {device.device_kind} ({found})"
+    )
 
 
 def misfit(lhs: QTensor, rhs: QTensor, contracted: tuple[Axes, Axes], batch_dims: int = 0) -> str | None:

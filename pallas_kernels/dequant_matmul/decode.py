@@ -26,12 +26,12 @@ from jaxtyping import Array, Float16, Int32, UInt32
 from fp4jax.numerics import NVFP4
 from pallas_kernels import compat
 
+WARPGROUPS = 2
 DEPTH = 128
 """Elements along the contraction of a tile."""
 BYTES = DEPTH // 2
 """Bytes of codes along it."""
 UNIT_PRODUCT = 2.0**14
-WARPGROUPS = 2
 
 _BLOCKS = DEPTH // NVFP4.block
 _BLOCK_BYTES = NVFP4.block // 2
@@ -58,10 +58,10 @@ class Side:
         """Of a tile in shared memory: low and high codes, each [extent, bytes] or [bytes, extent]."""
         return (2, BYTES, self.extent) if self.columns else (2, self.extent, BYTES)
 
-    def load(self, codes_ref, scales_ref, batch, start, step, warpgroup) -> tuple[Array, ...]:
+    def load(self, codes_ref, scales_ref, batch, start, warpgroup, step) -> tuple[Array, ...]:
         """What a warpgroup decodes of a tile, in registers: its codes, then its scales."""
         read = _load_columns if self.columns else _load_rows
-        return read(self.extent, codes_ref.at[batch], scales_ref.at[batch], start, step, warpgroup)
+        return read(self.extent, codes_ref.at[batch], scales_ref.at[batch], start, warpgroup, step)
 
     def decode(self, loaded: tuple[Array, ...], tile_ref, warpgroup) -> None:
         """Writes what `load` gave to `tile_ref`, of `shape`."""
@@ -81,7 +81,7 @@ def _row_parts(extent: int, warpgroup):
     return [pl.multiple_of(warpgroup * mine + part, _ROWS) for part in range(0, mine, _ROWS)]
 
 
-def _load_rows(extent, codes_ref, scales_ref, start, step, warpgroup):
+def _load_rows(extent, codes_ref, scales_ref, start, warpgroup, step):
     rows = [pl.ds(start + first, _ROWS) for first in _row_parts(extent, warpgroup)]
     across = pl.ds(step * BYTES, BYTES)
     words = range(_BLOCKS // _WORD_BLOCKS)
@@ -118,7 +118,7 @@ def _column_blocks(warpgroup):
     return [warpgroup * (_BLOCKS // WARPGROUPS) + i for i in range(_BLOCKS // WARPGROUPS)]
 
 
-def _load_columns(extent, codes_ref, scales_ref, start, step, warpgroup):
+def _load_columns(extent, codes_ref, scales_ref, start, warpgroup, step):
     across = pl.ds(start, extent)
     blocks = [step * _BLOCKS + block for block in _column_blocks(warpgroup)]
     down = [pl.ds(block * _BLOCK_BYTES, _BLOCK_BYTES) for block in blocks]

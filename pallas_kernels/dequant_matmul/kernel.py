@@ -1,4 +1,13 @@
-"""The Mosaic GPU kernel: decodes two packed operands tile by tile into shared memory, and multiplies them from there."""
+"""The Mosaic GPU kernel: decodes tiles of two packed operands into shared memory and multiplies them from there.
+
+A thread block of two warpgroups makes a tile of the result, half of its rows each. In a step both decode their part of
+the next 128 elements along the contraction, for both operands, into one of two slots of shared memory, while the tensor
+cores still multiply what the step before has put into the other. At the barrier all of it is written and the other slot
+has been read to its end, so two slots are enough. What a step decodes was read from device memory in the step before:
+each operand's next codes are asked for as soon as its current ones are used up, into the same registers.
+
+A last tile that would reach beyond the result starts earlier instead, and repeats what its neighbour writes.
+"""
 
 import functools
 
@@ -13,90 +22,79 @@ from pallas_kernels import compat
 from pallas_kernels.dequant_matmul import decode
 from pallas_kernels.dequant_matmul.decode import Side
 
-TILE_M = 128
 MIN_ROWS = 128
 """Of either operand: a tile."""
 
+_WIDE = 256  # columns of a tile where there are so many: a tile of the left operand is decoded for each tile across
 _SLOTS = 2
-_SWIZZLE = 128
+_SWIZZLE = 128  # bytes
 _TRANSFORMS = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
-
-
-
-def tile_n(n: int) -> int:
-    """Columns of a tile: what is decoded of the left operand is decoded once for each tile across."""
-    return 256 if n >= 256 else 128
+Parts = tuple[UInt8[Array, "batch ..."], Shaped[Array, "batch ..."]]
+"""Codes and scales of an operand, as `decode` describes them."""
 
 
 @functools.partial(jax.jit, static_argnames=("lhs_columns", "rhs_columns", "interpret"))  # lowered once for many calls
 def product(
-    scale: Float32[Array, " batch"],
-    lhs: tuple[UInt8[Array, "batch ..."], Shaped[Array, "batch ..."]],
-    rhs: tuple[UInt8[Array, "batch ..."], Shaped[Array, "batch ..."]],
-    *,
-    lhs_columns: bool,
-    rhs_columns: bool,
-    interpret: bool,
+    scale: Float32[Array, " batch"], lhs: Parts, rhs: Parts, *, lhs_columns: bool, rhs_columns: bool, interpret: bool
 ) -> Float32[Array, "batch m n"]:
-    (batch, *lhs_axes), (_, *rhs_axes) = lhs[0].shape, rhs[0].shape
-    m, n = lhs_axes[lhs_columns], rhs_axes[rhs_columns]
-    depth = 2 * lhs_axes[not lhs_columns]
-    left, right = Side(lhs_columns, TILE_M), Side(rhs_columns, tile_n(n))
-    run = plgpu.kernel(
-        functools.partial(_kernel, left=left, right=right, steps=depth // decode.DEPTH),
+    """The product of elements × block scales, times `scale`.
+
+    Args:
+      lhs, rhs: of m and n rows, `MIN_ROWS` or more (n a multiple of 2), in whole tiles along the contraction.
+      lhs_columns, rhs_columns: the contraction runs down the columns of that operand.
+      interpret: run in the GPU interpreter, on any machine.
+    """
+    (batch, *left_sizes), (_, *right_sizes) = lhs[0].shape, rhs[0].shape
+    m, n = left_sizes[lhs_columns], right_sizes[rhs_columns]
+    left = Side(lhs_columns, MIN_ROWS)
+    right = Side(rhs_columns, _WIDE if n >= _WIDE else MIN_ROWS)
+    return plgpu.kernel(
+        functools.partial(_kernel, left=left, right=right, steps=left_sizes[not lhs_columns] // decode.BYTES),
         out_type=jax.ShapeDtypeStruct((batch, m, n), jnp.float32),
-        scratch_types=dict(
-            left_tiles=plgpu.SMEM((_SLOTS, *left.shape), jnp.float16, transforms=_TRANSFORMS),
-            right_tiles=plgpu.SMEM((_SLOTS, *right.shape), jnp.float16, transforms=_TRANSFORMS),
-            decoded=plgpu.Barrier(num_arrivals=decode.WARPGROUPS),
-        ),
+        scratch_types={
+            "left_tiles": plgpu.SMEM((_SLOTS, *left.shape), jnp.float16, transforms=_TRANSFORMS),
+            "right_tiles": plgpu.SMEM((_SLOTS, *right.shape), jnp.float16, transforms=_TRANSFORMS),
+            "decoded": plgpu.Barrier(num_arrivals=decode.WARPGROUPS),
+        },
         grid=(batch, pl.cdiv(m, left.extent), pl.cdiv(n, right.extent)),
         grid_names=("batch", "m", "n"),
         num_threads=decode.WARPGROUPS,
         thread_name="warpgroup",
+        # Those of `commit_smem` and `decoded` are all that is needed.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="dequant_matmul",
-    )
-    return run(scale, *lhs, *rhs)
+    )(scale, *lhs, *rhs)
 
 
-def _kernel(
-    scale_ref, left_codes, left_scales, right_codes, right_scales, out_ref, left_tiles, right_tiles, decoded,
-    *, left: Side, right: Side, steps: int,
-):
+def _kernel(scale_ref, *refs, left: Side, right: Side, steps: int):
+    left_refs, right_refs, (out_ref, left_tiles, right_tiles, decoded) = refs[:2], refs[2:4], refs[4:]
     batch, warpgroup = lax.axis_index("batch"), lax.axis_index("warpgroup")
     _, m, n = out_ref.shape
     row = jnp.minimum(lax.axis_index("m") * left.extent, m - left.extent)
     column = jnp.minimum(lax.axis_index("n") * right.extent, n - right.extent)
-
-    def load_left(step):
-        return left.load(left_codes, left_scales, batch, row, step, warpgroup)
-
-    def load_right(step):
-        return right.load(right_codes, right_scales, batch, column, step, warpgroup)
-
+    load_left = functools.partial(left.load, *left_refs, batch, row, warpgroup)
+    load_right = functools.partial(right.load, *right_refs, batch, column, warpgroup)
     mine = left.extent // decode.WARPGROUPS
     rows = pl.ds(pl.multiple_of(warpgroup * mine, mine), mine)
 
     def accumulate(total_ref):
         def step(i, loaded):
-            slot = lax.rem(i, _SLOTS)
-            following = jnp.minimum(i + 1, steps - 1)
-            left.decode(loaded[0], left_tiles.at[slot], warpgroup)
-            next_left = load_left(following)
-            right.decode(loaded[1], right_tiles.at[slot], warpgroup)
-            next_right = load_right(following)
+            of_left, of_right = loaded
+            slot, following = lax.rem(i, _SLOTS), jnp.minimum(i + 1, steps - 1)
+            left.decode(of_left, left_tiles.at[slot], warpgroup)
+            of_left = load_left(following)
+            right.decode(of_right, right_tiles.at[slot], warpgroup)
+            of_right = load_right(following)
             plgpu.commit_smem()
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(decoded)
             plgpu.barrier_wait(decoded)
             for half in range(2):
-                a = left_tiles.at[slot, half]
+                a, b = left_tiles.at[slot, half], right_tiles.at[slot, half]
                 a = a.at[:, rows].transpose((1, 0)) if left.columns else a.at[rows]
-                b = right_tiles.at[slot, half]
                 plgpu.wgmma(total_ref, a, b if right.columns else b.transpose((1, 0)))
-            return next_left, next_right
+            return of_left, of_right
 
         lax.fori_loop(0, steps, step, (load_left(0), load_right(0)))
         return total_ref[...]
