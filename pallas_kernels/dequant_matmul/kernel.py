@@ -51,11 +51,11 @@ def product(
     return plgpu.kernel(
         functools.partial(_kernel, left=left, right=right, steps=left_sizes[not lhs_columns] // decode.BYTES),
         out_type=jax.ShapeDtypeStruct((batch, m, n), jnp.float32),
-        scratch_types={
-            "left_tiles": plgpu.SMEM((_SLOTS, *left.shape), jnp.float16, transforms=_TRANSFORMS),
-            "right_tiles": plgpu.SMEM((_SLOTS, *right.shape), jnp.float16, transforms=_TRANSFORMS),
-            "decoded": plgpu.Barrier(num_arrivals=decode.WARPGROUPS),
-        },
+        scratch_types=(
+            plgpu.SMEM((_SLOTS, *left.shape), jnp.float16, transforms=_TRANSFORMS),
+            plgpu.SMEM((_SLOTS, *right.shape), jnp.float16, transforms=_TRANSFORMS),
+            plgpu.Barrier(num_arrivals=decode.WARPGROUPS),
+        ),
         grid=(batch, pl.cdiv(m, left.extent), pl.cdiv(n, right.extent)),
         grid_names=("batch", "m", "n"),
         num_threads=decode.WARPGROUPS,

@@ -1,6 +1,7 @@
 """Compiles `dequant_matmul` for a GPU that is not there: `compile_for_target.py DESCRIPTION GEMM SIZES`.
 
-SIZES: tokens, inputs, outputs. GEMM: fprop, dgrad or wgrad. One process for each program: Mosaic keeps compiled kernels without regard to the target.
+SIZES: tokens, inputs, outputs. GEMM: fprop, dgrad or wgrad. Prints the optimized HLO. One process for each program:
+Mosaic keeps compiled kernels without regard to the target.
 """
 
 import sys
