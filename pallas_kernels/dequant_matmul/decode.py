@@ -1,13 +1,12 @@
 """From packed NVFP4 in device memory to float16 tiles in shared memory: the part of the kernel that depends on layout.
 
-The bits of an E2M1 code, moved by 9, are those of a float16 that is the element times 2^-14, its subnormal included; so
-are those of an E4M3 scale, moved by 7, the scale times 2^-8. Their product needs 6 significant bits and ends at 2688:
-float16 holds element × block scale as exactly as bfloat16, and reaches it by a shift, a mask and half a multiplication
-for each element. Tiles are in units of `UNIT`; the product of two of them is multiplied by `UNIT_PRODUCT` at the end.
+Element × block scale needs 6 significant bits and ends at 2688, so float16 holds it as exactly as bfloat16 does, and the
+tensor cores are as fast. It is reached sooner: the bits of a code are nearly those of a float16 (`elements`), those of
+an E4M3 scale, moved by 7, are one of the scale times 2^-8, and half a multiplication an element joins them. Values are
+kept in units that make both fit; the product of two tiles is multiplied by `UNIT_PRODUCT` at the end.
 
 The order of the contraction does not matter as long as both operands have the same one. Of the two codes in a byte the
-low one goes to the first half of a tile, the high one to the second: halves are what a byte's lane writes, and nothing
-crosses lanes.
+low one goes to the first half of a tile, the high one to the second, at the byte's place: nothing crosses lanes.
 
     along rows      codes uint8[batch, extent, depth / 2]    scales uint32[batch, extent, depth / 64], 4 blocks a word
     down columns    codes uint8[batch, depth / 2, extent]    scales uint8[batch, depth / 16, extent]
@@ -21,10 +20,11 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float16, Int32, UInt32
+from jaxtyping import Array, Float16, UInt32
 
 from fp4jax.numerics import NVFP4
 from pallas_kernels import compat
+from pallas_kernels.dequant_matmul import elements
 
 WARPGROUPS = 2
 DEPTH = 128
@@ -32,6 +32,7 @@ DEPTH = 128
 BYTES = DEPTH // 2
 """Bytes of codes along it."""
 UNIT_PRODUCT = 2.0**14
+"""What a product of two tiles is multiplied by: elements are in units of 2^14, scales of 2^-7."""
 
 _BLOCKS = DEPTH // NVFP4.block
 _BLOCK_BYTES = NVFP4.block // 2
@@ -48,10 +49,12 @@ class Side:
     Attributes:
       columns: the contraction runs down the columns, and not along the rows, of the operand in memory.
       extent: of a tile across the contraction.
+      interpret: decode by what the GPU interpreter runs.
     """
 
     columns: bool
     extent: int
+    interpret: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,7 +69,11 @@ class Side:
     def decode(self, loaded: tuple[Array, ...], tile_ref, warpgroup) -> None:
         """Writes what `load` gave to `tile_ref`, of `shape`."""
         write = _decode_columns if self.columns else _decode_rows
-        write(self.extent, loaded, tile_ref, warpgroup)
+        write(self, loaded, tile_ref, warpgroup)
+
+    def values(self, codes, scale: Float16[Array, "..."], layout) -> list[Float16[Array, "..."]]:
+        """Element × block scale of the low and of the high codes, in units of 2^-7."""
+        return [element * scale for element in elements.decoded(codes, layout, interpret=self.interpret)]
 
 
 def _row_layout(*removed: int):
@@ -92,15 +99,16 @@ def _load_rows(extent, codes_ref, scales_ref, start, warpgroup, step):
     return *codes, *scales
 
 
-def _decode_rows(extent, loaded, tile_ref, warpgroup):
+def _decode_rows(side: Side, loaded, tile_ref, warpgroup):
+    # Bits of a byte's place say which block it is of: 8 bytes a block, 4 blocks a word.
     column = plgpu.broadcasted_iota(jnp.uint32, (_ROWS, BYTES), 1, layout=_row_layout())
-    parts = _row_parts(extent, warpgroup)
+    parts = _row_parts(side.extent, warpgroup)
     codes, scales = loaded[: len(parts)], loaded[len(parts) :]
     for i, first in enumerate(parts):
         low, high = (lax.broadcast_in_dim(word, column.shape, (0,)) for word in scales[2 * i : 2 * i + 2])
         word = jnp.where((column & jnp.uint32(32)) == 0, low, high)
         byte = word >> (column & jnp.uint32(24)) & jnp.uint32(0xFF)
-        for half, values in enumerate(_values(codes[i], _scale(byte))):
+        for half, values in enumerate(side.values(codes[i], _scale(byte), _row_layout())):
             tile_ref[half, pl.ds(first, _ROWS)] = values
 
 
@@ -126,26 +134,13 @@ def _load_columns(extent, codes_ref, scales_ref, start, warpgroup, step):
     return *codes, *(compat.load(scales_ref.at[block, across], _column_layout(extent, 0)) for block in blocks)
 
 
-def _decode_columns(extent, loaded, tile_ref, warpgroup):
+def _decode_columns(side: Side, loaded, tile_ref, warpgroup):
     blocks = _column_blocks(warpgroup)
     for block, codes, scales in zip(blocks, loaded[: len(blocks)], loaded[len(blocks) :], strict=True):
         scale = lax.broadcast_in_dim(_scale(scales.astype(jnp.uint32)), codes.shape, (1,))
         rows = pl.ds(pl.multiple_of(block * _BLOCK_BYTES, _BLOCK_BYTES), _BLOCK_BYTES)
-        for half, values in enumerate(_values(codes, scale)):
+        for half, values in enumerate(side.values(codes, scale, _column_layout(side.extent))):
             tile_ref[half, rows] = values
-
-
-def _values(codes, scale: Float16[Array, "..."]) -> tuple[Float16[Array, "..."], Float16[Array, "..."]]:
-    """Element × block scale of the low and of the high code of each byte, in units of 2^-7."""
-    word = codes.astype(jnp.int32)
-    return _element(word << 28) * scale, _element(word << 24) * scale
-
-
-def _element(code: Int32[Array, "..."]) -> Float16[Array, "..."]:
-    """2^-14 of the E2M1 element whose code is in the highest 4 bits."""
-    # The shift keeps the sign where it is and brings the magnitude to the highest bits of a float16's lower part.
-    bits = lax.shift_right_arithmetic(code, jnp.int32(3)) & jnp.int32(-0x72000000)
-    return _float16(lax.shift_right_logical(bits, jnp.int32(16)))
 
 
 def _scale(byte: UInt32[Array, "..."]) -> Float16[Array, "..."]:

@@ -46,8 +46,8 @@ def product(
     """
     (batch, *left_sizes), (_, *right_sizes) = lhs[0].shape, rhs[0].shape
     m, n = left_sizes[lhs_columns], right_sizes[rhs_columns]
-    left = Side(lhs_columns, MIN_ROWS)
-    right = Side(rhs_columns, _WIDE if n >= _WIDE else MIN_ROWS)
+    left = Side(lhs_columns, MIN_ROWS, interpret)
+    right = Side(rhs_columns, _WIDE if n >= _WIDE else MIN_ROWS, interpret)
     return plgpu.kernel(
         functools.partial(_kernel, left=left, right=right, steps=left_sizes[not lhs_columns] // decode.BYTES),
         out_type=jax.ShapeDtypeStruct((batch, m, n), jnp.float32),
