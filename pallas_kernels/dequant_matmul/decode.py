@@ -1,9 +1,9 @@
 """From packed NVFP4 in device memory to float16 tiles in shared memory: the part of the kernel that depends on layout.
 
-Element × block scale needs 6 significant bits and ends at 2688, so float16 holds it as exactly as bfloat16 does, and the
-tensor cores are as fast. It is reached sooner: the bits of a code are nearly those of a float16 (`elements`), those of
-an E4M3 scale, moved by 7, are one of the scale times 2^-8, and half a multiplication an element joins them. Values are
-kept in units that make both fit; the product of two tiles is multiplied by `UNIT_PRODUCT` at the end.
+Element × block scale needs 6 significant bits and ends at 2688: float16 holds it as exactly as bfloat16, at the same
+speed on tensor cores, and is reached sooner. The bits of a code are nearly those of a float16 (`elements`), those of an
+E4M3 scale, moved by 7, are one of the scale times 2^-8, and half a multiplication an element joins them. Values are in
+units that make both fit; the product of two tiles is multiplied by `UNIT_PRODUCT` at the end.
 
 The order of the contraction does not matter as long as both operands have the same one. Of the two codes in a byte the
 low one goes to the first half of a tile, the high one to the second, at the byte's place: nothing crosses lanes.
