@@ -140,13 +140,15 @@ def quantize_copies(
     column_hashes: tuple[UInt32[Array, "..."], ...] = (),
     *,
     hadamard: bool,
+    sums: bool,
     interpret: bool,
-) -> tuple[Codes, Codes]:
+) -> tuple[Codes, Codes, tuple[Float32[Array, "batch features"], ...]]:
     """What `quantize_rows` and `quantize_columns` give, in one read of x; arguments as for the latter, but for:
 
     Args:
       x: rows in whole blocks of 16.
       factors: of the copy along rows and of the one along columns.
+      sums: add up element × block scale of the copy along columns over all tokens; the third result, else empty.
     """
     *lead, length, width = x.shape
     parts = 2 if x.dtype == jnp.bfloat16 else 1
@@ -154,13 +156,14 @@ def quantize_copies(
     full = at_least(full, (0, 0, copies.STRIP * parts))
     lanes = NVFP4.block // parts // copies.VECTOR
     by_row, by_column = (f.reshape(-1, f.shape[-1]) for f in factors)
-    row_codes, row_scales, column_codes, column_scales = copies.quantize(
+    row_codes, row_scales, column_codes, column_scales, *totals = copies.quantize(
         words(full).reshape(full.shape[0], -1, NVFP4.block, full.shape[-1] // NVFP4.block, lanes, copies.VECTOR),
         by_row,
         by_column,
         tuple(c.reshape(c.shape[0], -1, lanes, copies.VECTOR) for c in _centers(center, full)),
         *(tuple(h.reshape(-1, length) for h in hashes) for hashes in (row_hashes, column_hashes)),
         hadamard=hadamard,
+        sums=sums,
         interpret=interpret,
     )
     blocks = -(-width // NVFP4.block)
@@ -169,7 +172,8 @@ def quantize_copies(
         row_scales.reshape(*lead, length, -1)[..., :blocks],
     )
     down = (_bytes(part.reshape(*lead, -1, part.shape[-1]))[..., :width] for part in (column_codes, column_scales))
-    return along, tuple(down)
+    whole = (jnp.sum(t.reshape(len(by_row), -1, t.shape[-1]), axis=1)[:, :width] for t in totals)
+    return along, tuple(down), tuple(whole)
 
 
 def hadamard_amax(

@@ -68,6 +68,33 @@ def test_maxima_that_are_given_are_used(interpret):  # noqa: F811
     assert (np.asarray(got[0].scales).max(), np.asarray(got[1].scales).max()) != (126, 126)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_sums_in_the_same_read(dtype, interpret, monkeypatch):  # noqa: F811
+    """Of two matrices of two sequences each; a thread block takes two blocks of rows, the last one less."""
+    monkeypatch.setattr(copies, "_MIN_THREAD_BLOCKS", 1)
+    monkeypatch.setattr(copies, "_MAX_STEPS_PER_THREAD_BLOCK", 2)
+    x, center = values((2, 2, 48, 544), dtype), values((2, 1, 1, 544), jnp.float32, seed=1)
+    given = {"center": center, "words": WORDS, "batch_dims": 1, "interpret": interpret}
+    *got, sums = quantize_copies(x, sums=True, **given)
+    for copy, twin in zip(got, quantize_copies(x, **given), strict=True):
+        assert_same(copy, twin)
+    represented = np.asarray(got[1].dequantize(), np.float64)
+    want, scale = (part.sum(axis=(1, 2), keepdims=True) for part in (represented, np.abs(represented)))
+    assert sums.shape == want.shape and sums.dtype == jnp.float32
+    assert (np.abs(np.asarray(sums) - want) <= 2e-6 * scale).all()
+
+
+def test_sums_show_a_block_that_is_not_finite(interpret):  # noqa: F811
+    x = jnp.ones((32, 544)).at[3, 7].set(jnp.nan)
+    sums = np.asarray(quantize_copies(x, amax=(jnp.ones((1, 1)),) * 2, sums=True, interpret=interpret)[2])[0]
+    assert np.isnan(sums[7]) and np.isfinite(np.delete(sums, 7)).all()
+
+
+def test_sums_of_a_transformed_copy_are_refused():
+    with pytest.raises(ValueError, match="sums=True needs hadamard=False"):
+        quantize_copies(jnp.ones((32, 32)), sums=True, hadamard=True, interpret=True)
+
+
 def test_rows_that_are_no_whole_blocks_are_refused():
     with pytest.raises(NotImplementedError, match=r"rows in whole blocks of 16, got shape \(24, 32\)"):
         quantize_copies(jnp.ones((24, 32)), interpret=True)
