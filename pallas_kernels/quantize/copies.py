@@ -16,14 +16,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Shaped, UInt32
 
 from fp4jax.numerics import NVFP4, rounding
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 from pallas_kernels.quantize import columns, elements
 
 VECTOR = 2
@@ -36,8 +35,6 @@ _ROWS = (2,) * _BITS
 _ALL_ROWS = tuple(range(_BITS))
 _BLOCKS, _LANES, _PAIR = _BITS, _BITS + 1, _BITS + 2
 _RANK = _BITS + 3
-_MAX_STEPS_PER_THREAD_BLOCK = 8
-_MIN_THREAD_BLOCKS = 1024
 
 
 @functools.cache
@@ -80,7 +77,7 @@ def quantize(
     """
     groups, down, _, across, lanes, _ = x.shape
     strips = pl.cdiv(across * lanes * VECTOR, STRIP)
-    steps = int(np.clip(groups * down * strips // _MIN_THREAD_BLOCKS, 1, _MAX_STEPS_PER_THREAD_BLOCK))
+    steps = launch.steps_each(groups * down * strips)
     chunks, parts = pl.cdiv(down, steps), 2 if x.dtype == jnp.uint32 else 1
     flags = {
         "centered": bool(centers),
@@ -89,18 +86,15 @@ def quantize(
         "hadamard": hadamard,
         "sums": sums,
     }
-    row_codes, row_scales, column_codes, column_scales, *totals = plgpu.kernel(
+    row_codes, row_scales, column_codes, column_scales, *totals = launch.kernel(
         functools.partial(_kernel, steps=steps, **flags),
         out_type=(
             *_results(groups, down, across, lanes, pairs=x.dtype == jnp.uint32),
             *[jax.ShapeDtypeStruct((groups, chunks, across, lanes, VECTOR), jnp.float32)] * (parts if sums else 0),
         ),
-        grid=(groups, chunks, strips),
-        grid_names=("groups", "rows", "columns"),
-        # No memory is both read and written, so the barriers around every load and store would only cost time.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name="_".join(["quantize_copies", *(name for name, value in flags.items() if value)]),
+        grid={"groups": groups, "rows": chunks, "columns": strips},
+        name="_".join(["quantize_copies", *(name for name, value in flags.items() if value)]),
+        interpret=interpret,
     )(
         x.reshape(groups, down, *_ROWS, across, lanes, VECTOR),
         row_factors,
