@@ -54,6 +54,7 @@ def quantize(
     centers: tuple[Float32[Array, "means across lanes 2"], ...] = (),
     row_hashes: tuple[UInt32[Array, "groups rows"], ...] = (),
     column_hashes: tuple[UInt32[Array, "groups rows"], ...] = (),
+    start: tuple[UInt32[Array, "1"], ...] = (),
     *,
     hadamard: bool = False,
     sums: bool = False,
@@ -66,6 +67,7 @@ def quantize(
       row_factors, column_factors: `elements.factors` of each matrix, for either copy.
       centers: what to subtract: nothing, or one array for float32, the even and the odd columns for bfloat16.
       row_hashes, column_hashes: `elements.row_hashes` of either copy, where it is rounded stochastically.
+      start: which word of its rows the first one is, where x is a part of a matrix; nothing for 0.
       hadamard: transform each block of the copy down the rows first, with fixed signs.
       sums: add up the copy down the rows.
       interpret: run in the GPU interpreter, on any machine.
@@ -85,6 +87,7 @@ def quantize(
         "column_draws": bool(column_hashes),
         "hadamard": hadamard,
         "sums": sums,
+        "shifted": bool(start),
     }
     row_codes, row_scales, column_codes, column_scales, *totals = launch.kernel(
         functools.partial(_kernel, steps=steps, **flags),
@@ -101,6 +104,7 @@ def quantize(
         column_factors,
         *centers,
         *(h.reshape(groups, down, *_ROWS) for h in (*row_hashes, *column_hashes)),
+        *start,
     )
     return (
         row_codes.reshape(groups, down, _SIDE, across, -1),
@@ -123,12 +127,13 @@ def _results(groups: int, down: int, across: int, lanes: int, *, pairs: bool) ->
 
 
 def _kernel(
-    x_ref, row_factors_ref, column_factors_ref, *refs, centered, row_draws, column_draws, hadamard, sums, steps
+    x_ref, row_factors_ref, column_factors_ref, *refs, centered, row_draws, column_draws, hadamard, sums, shifted, steps
 ):
     groups, down, *_, across, lanes, _ = x_ref.shape
     parts = 2 if x_ref.dtype == jnp.uint32 else 1
     refs, sum_refs = (refs[:-parts], refs[-parts:]) if sums else (refs, ())
     *inputs, row_codes, row_scales, column_codes, column_scales = refs
+    first_word = inputs.pop()[0] if shifted else jnp.uint32(0)
     inputs, layout = iter(inputs), functools.partial(_layout, lanes)
     center_refs = [next(inputs) for _ in range(parts * centered)]
     row_hashes, column_hashes = ([next(inputs) for _ in range(2 * drawn)] for drawn in (row_draws, column_draws))
@@ -146,7 +151,7 @@ def _kernel(
         if not hash_refs:
             return [None] * parts
         hashes = [compat.load(ref.at[group, block, *rows], layout(_BLOCKS, _LANES, _PAIR)) for ref in hash_refs]
-        return _draws(hashes, first.astype(jnp.uint32) * jnp.uint32(lanes * VECTOR), shape, parts)
+        return _draws(hashes, first_word + first.astype(jnp.uint32) * jnp.uint32(lanes * VECTOR), shape, parts)
 
     def quantize_step(step, totals):
         wanted = lax.axis_index("rows") * steps + step
