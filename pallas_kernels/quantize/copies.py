@@ -81,20 +81,11 @@ def quantize(
     strips = pl.cdiv(across * lanes * VECTOR, STRIP)
     steps = launch.steps_each(groups * down * strips)
     chunks, parts = pl.cdiv(down, steps), 2 if x.dtype == jnp.uint32 else 1
-    flags = {
-        "centered": bool(centers),
-        "row_draws": bool(row_hashes),
-        "column_draws": bool(column_hashes),
-        "hadamard": hadamard,
-        "sums": sums,
-        "shifted": bool(start),
-    }
+    given = {"centered": centers, "row_draws": row_hashes, "column_draws": column_hashes, "shifted": start}
+    flags = {name: bool(value) for name, value in given.items()} | {"hadamard": hadamard, "sums": sums}
     row_codes, row_scales, column_codes, column_scales, *totals = launch.kernel(
         functools.partial(_kernel, steps=steps, **flags),
-        out_type=(
-            *_results(groups, down, across, lanes, pairs=x.dtype == jnp.uint32),
-            *[jax.ShapeDtypeStruct((groups, chunks, across, lanes, VECTOR), jnp.float32)] * (parts if sums else 0),
-        ),
+        out_type=_results(groups, down, across, lanes, parts, chunks if sums else None),
         grid={"groups": groups, "rows": chunks, "columns": strips},
         name="_".join(["quantize_copies", *(name for name, value in flags.items() if value)]),
         interpret=interpret,
@@ -115,14 +106,20 @@ def quantize(
     )
 
 
-def _results(groups: int, down: int, across: int, lanes: int, *, pairs: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Codes and scales of the copy along rows, codes and scales of the copy down the rows."""
-    by_row, of_words = (groups, down, *_ROWS, across), jnp.uint16 if pairs else jnp.uint8
+def _results(
+    groups: int, down: int, across: int, lanes: int, parts: int, chunks: int | None
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Codes and scales of the copy along rows, codes and scales of the copy down the rows; sums of chunks."""
+    by_row, of_words = (groups, down, *_ROWS, across), jnp.uint16 if parts == 2 else jnp.uint8
+    sums = (
+        [] if chunks is None else [jax.ShapeDtypeStruct((groups, chunks, across, lanes, VECTOR), jnp.float32)] * parts
+    )
     return (
-        jax.ShapeDtypeStruct((*by_row, lanes, *[VECTOR] * pairs), jnp.uint8),
+        jax.ShapeDtypeStruct((*by_row, lanes, *[VECTOR] * (parts == 2)), jnp.uint8),
         jax.ShapeDtypeStruct(by_row, jnp.uint8),
         jax.ShapeDtypeStruct((groups, down, *_ROWS[1:], across, lanes, VECTOR), of_words),
         jax.ShapeDtypeStruct((groups, down, across, lanes, VECTOR), of_words),
+        *sums,
     )
 
 
