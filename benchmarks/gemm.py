@@ -1,9 +1,12 @@
 """A layer's matrix products: bfloat16 operands, and packed NVFP4 ones that are dequantized and multiplied.
 
+The latter by XLA (emulated: what `fp4jax.dot` does) and, on GPUs that it serves, by the kernel that decodes them as it
+multiplies (fused: `pallas_kernels.dequant_matmul`, chosen by nothing until it is faster here).
+
     python -m benchmarks.gemm [--tokens=16384] [--out=FOLDER]
 
 Operands of the emulated products are quantized beforehand, so that the time is what the backward pays for what was
-saved, and what FP4 tensor cores would take over. Each product is compared with the one of its dequantized operands
+saved, and what FP4 tensor cores would take over. Every product is compared with the one of its dequantized operands
 before it is timed.
 """
 
@@ -22,6 +25,7 @@ from fp4jax.cli import Parser, output_folder, positive, run
 from fp4jax.numerics import NVFP4, QTensor, quantize_blocks
 from fp4jax.operands import Part
 from fp4jax.recipes import as_recipe
+from pallas_kernels.dequant_matmul import dequant_matmul, unsupported_reason
 
 COMMAND = "benchmarks.gemm"
 # Linear layers of Qwen3-0.6B: inputs, outputs.
@@ -47,16 +51,22 @@ def main(arguments: Sequence[str]) -> None:
     path = output_folder(flags.out or records.default_folder()) / "gemm.json"
     dtype = hardware.emulation_dtype()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, emulated in {dtype}")
-    print(f"{'layer':10} {'GEMM':6} {'inputs':>6} {'outputs':>7} {'bf16 TFLOP/s':>12} {'emulated/bf16':>14}")
+    if reason := unsupported_reason():
+        print(f"fused is not measured: {reason}")
+    print(
+        f"{'layer':10} {'GEMM':6} {'inputs':>6} {'outputs':>7} {'bf16 TFLOP/s':>12} {'emulated/bf16':>14} "
+        f"{'fused/emulated':>14}"
+    )
     rows = []
     for layer, (inputs, outputs) in LAYERS.items():
         for kind in CONTRACTED:
             row = {"layer": layer, "gemm": kind, "tokens": flags.tokens, "inputs": inputs, "outputs": outputs}
             row |= measure(kind, flags.tokens, inputs, outputs, flags.repeats)
             rows.append(row)
+            by_kernel = f"{row['fused_over_emulated']['ratio']:.2f}" if "fused_us" in row else "-"
             print(
                 f"{layer:10} {kind:6} {inputs:6} {outputs:7} {row['bf16_tflop_s']:12.1f} "
-                f"{row['emulated_over_bf16']['ratio']:14.2f}",
+                f"{row['emulated_over_bf16']['ratio']:14.2f} {by_kernel:>14}",
                 flush=True,
             )
             records.write(path, COMMAND, rows, emulated_in=str(dtype))
@@ -70,20 +80,23 @@ def measure(kind: str, tokens: int, inputs: int, outputs: int, repeats: int) -> 
     keys = jax.random.split(jax.random.key(0), count)
     pairs = [operands(key, left, right) for key in keys]
     packed = [quantized(kind, *pair) for pair in pairs]
-    programs: dict[str, tuple[Callable, list]] = {"bf16": (plain(kind), pairs), "emulated": (emulated(kind), packed)}
-    check(kind, packed[0])
+    from_codes = {"emulated": emulated} | ({} if unsupported_reason() else {"fused": fused})
+    programs: dict[str, tuple[Callable, list]] = {"bf16": (plain(kind), pairs)}
+    for name, program in from_codes.items():
+        check(kind, packed[0], name, program(kind))
+        programs[name] = program(kind), packed
     runs = {}
     for name, (program, given) in programs.items():
         jitted = timing.over_all(program, passes=1)
         runs[name] = lambda jitted=jitted, given=given: jitted(given)
     times = {name: [t / count for t in turns] for name, turns in timing.in_turns(runs, repeats, launches=3).items()}
     seconds = timing.medians(times)
-    return {
-        "bf16_us": seconds["bf16"] * 1e6,
-        "emulated_us": seconds["emulated"] * 1e6,
-        "bf16_tflop_s": 2 * tokens * inputs * outputs / seconds["bf16"] / 1e12,
-        "emulated_over_bf16": ratios.paired_ratio(times["emulated"], times["bf16"]),
-    }
+    row: dict = {f"{name}_us": seconds[name] * 1e6 for name in programs}
+    row["bf16_tflop_s"] = 2 * tokens * inputs * outputs / seconds["bf16"] / 1e12
+    row["emulated_over_bf16"] = ratios.paired_ratio(times["emulated"], times["bf16"])
+    if "fused" in times:
+        row["fused_over_emulated"] = ratios.paired_ratio(times["fused"], times["emulated"])
+    return row
 
 
 def operands(key: Array, left: tuple[int, int], right: tuple[int, int]) -> tuple[Array, Array]:
@@ -122,9 +135,15 @@ def emulated(kind: str) -> Callable[[QTensor, QTensor], Array]:
     return product
 
 
-def check(kind: str, packed: tuple[QTensor, QTensor]) -> None:
-    """Raises ValueError where the emulated product is not that of the dequantized operands."""
-    got = jax.jit(emulated(kind))(*packed).astype(jnp.float32)
+def fused(kind: str) -> Callable[[QTensor, QTensor], Array]:
+    """The product by the kernel that decodes its operands, its result in bfloat16."""
+    contracted = tuple((axis[0] - 2,) for axis in CONTRACTED[kind])
+    return lambda left, right: dequant_matmul(left, right, contracted).astype(jnp.bfloat16)
+
+
+def check(kind: str, packed: tuple[QTensor, QTensor], name: str, program: Callable) -> None:
+    """Raises ValueError where what a program computes is not the product of the dequantized operands."""
+    got = jax.jit(program)(*packed).astype(jnp.float32)
 
     def exact(left: QTensor, right: QTensor) -> Array:
         both = left.dequantize(), right.dequantize()
@@ -133,7 +152,7 @@ def check(kind: str, packed: tuple[QTensor, QTensor]) -> None:
     want = jax.jit(exact)(*packed)
     error = float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
     if not error <= _TOLERANCE:
-        raise ValueError(f"{kind}: the emulated product is off by {error:.3g} of the largest: no time is reported")
+        raise ValueError(f"{kind}: the {name} product is off by {error:.3g} of the largest: no time is reported")
 
 
 def _parse(arguments: Sequence[str]):

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from fp4jax import hardware
-from fp4jax.numerics import QTensor, formats, rounding
+from fp4jax.numerics import QTensor, formats
 
 _BLOCK = 16
 _LEAST_CAPABILITY = (10, 0)
@@ -64,13 +64,7 @@ def _operand(value: QTensor, contracted: tuple[int, ...], batch_dims: int):
     Axes are moved while two codes share a byte: as elements of half a byte they would be moved one by one.
     """
     axis = next(axis for axis, _ in value.blocked if axis in contracted)
-    codes, scales = value.pack().codes, value.scales
-    if value.axis != axis:  # square blocks, packed for the other product
-        codes = rounding.pack(value.element_codes, axis)
-    for blocked, size in value.blocked:
-        if blocked != axis:
-            scales = jnp.repeat(scales, value.format.block, axis=blocked)
-            codes, scales = (lax.slice_in_dim(a, 0, size, axis=blocked % a.ndim) for a in (codes, scales))
+    codes, scales = value.along(axis)
     rows = tuple(a for a in range(batch_dims - codes.ndim, 0) if a not in contracted)
     sizes = tuple(codes.shape[a] for a in rows)
     order = tuple(range(batch_dims)) + tuple(a % codes.ndim for a in rows + contracted)

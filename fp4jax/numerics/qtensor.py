@@ -79,6 +79,21 @@ class QTensor:
         codes = rounding.pack(self.element_codes, self.axis) if self.format.packs else self.codes
         return dataclasses.replace(self, codes=codes, packed=True)
 
+    def along(self, axis: int) -> tuple[UInt8[Array, "..."], UInt8[Array, "..."]]:
+        """Codes and scales as those of 1x16 blocks along `axis`, which is blocked: two codes a byte, padded along it.
+
+        Square blocks repeat their scale, and where they are packed along their other axis they are packed anew; of
+        that axis the padding is cut off.
+        """
+        codes, scales = self.pack().codes, self.scales
+        if self.axis != axis:
+            codes = rounding.pack(self.element_codes, axis)
+        for blocked, size in self.blocked:
+            if blocked != axis:
+                scales = jnp.repeat(scales, self.format.block, axis=blocked)
+                codes, scales = (lax.slice_in_dim(a, 0, size, axis=blocked % a.ndim) for a in (codes, scales))
+        return codes, scales
+
     @property
     def tensor_scale(self) -> Float32[Array, "..."] | None:
         """The float32 scales, shaped like `amax`: amax / 2688 for NVFP4.

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 
 LANES = 128
 ROWS = 8  # in flight
@@ -55,15 +55,12 @@ def partial_stats(
     """Sums, minima and maxima over stretches of 8 * 2^levels rows; `vector` columns a lane."""
     batch, rows, columns = x.shape
     parts, strips = pl.cdiv(rows, ROWS << levels), pl.cdiv(columns, LANES * vector)
-    run = plgpu.kernel(
+    run = launch.kernel(
         functools.partial(_kernel, vector=vector, levels=levels, strips=strips),
         out_type=(jax.ShapeDtypeStruct((batch, parts, columns), jnp.float32),) * 3,
-        grid=(batch, parts * strips),
-        grid_names=("batch", "thread_block"),
-        # No memory is both read and written, so the barriers around every load and store would only cost time.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name="column_stats",
+        grid={"batch": batch, "thread_block": parts * strips},
+        name="column_stats",
+        interpret=interpret,
     )
     return run(x)
 

@@ -12,14 +12,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, UInt32
 
 from fp4jax.numerics import NVFP4, rounding
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 
 COLUMNS = 4
 """Columns of a word."""
@@ -28,8 +27,7 @@ STRIP = 128 * VECTOR
 """Words of a strip; arrays have that many at least."""
 
 _PAIRS = (2, 2, 2)  # of rows, counted by three axes of 2: what is in registers is added along them
-_MAX_STEPS_PER_THREAD_BLOCK = 32
-_MIN_THREAD_BLOCKS = 1024
+_MOST_STEPS = 32
 _TILES = tuple((*_PAIRS, words) for words in (STRIP, 32 * VECTOR, VECTOR))
 
 
@@ -45,17 +43,14 @@ def partial_sums(
     """Element × block scale, added up over some blocks of rows: one array for each column of a word."""
     groups, blocks, *_, words = codes.shape
     strips = pl.cdiv(words, STRIP)
-    steps = int(np.clip(groups * blocks * strips // _MIN_THREAD_BLOCKS, 1, _MAX_STEPS_PER_THREAD_BLOCK))
+    steps = launch.steps_each(groups * blocks * strips, _MOST_STEPS)
     chunks = pl.cdiv(blocks, steps)
-    return plgpu.kernel(
+    return launch.kernel(
         functools.partial(_kernel, steps=steps),
         out_type=(jax.ShapeDtypeStruct((groups, chunks, words), jnp.float32),) * COLUMNS,
-        grid=(groups, chunks, strips),
-        grid_names=("groups", "rows", "columns"),
-        # No memory is both read and written, so the barriers around every load and store would only cost time.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name="column_sums",
+        grid={"groups": groups, "rows": chunks, "columns": strips},
+        name="column_sums",
+        interpret=interpret,
     )(codes, scales)
 
 

@@ -1,5 +1,6 @@
 """`quantize_rows`, `quantize_columns`, `quantize_2d`: what `fp4jax.numerics.quantize_blocks` gives, by one kernel."""
 
+import functools
 import math
 
 import jax
@@ -154,10 +155,12 @@ def quantize_copies(
     words: tuple[UInt32[Array, "2"] | None, UInt32[Array, "2"] | None] = (None, None),
     center: Float32[Array, "..."] | None = None,
     hadamard: bool = False,
+    sums: bool = False,
     batch_dims: int = 0,
     device: compat.Device | None = None,
+    partitioned: bool = False,
     interpret: bool = False,
-) -> tuple[QTensor, QTensor]:
+) -> tuple[QTensor, QTensor] | tuple[QTensor, QTensor, Float32[Array, "..."]]:
     """What `quantize_rows` and `quantize_columns` give, bit for bit, in one read of x: both copies of an operand.
 
     Args:
@@ -165,11 +168,12 @@ def quantize_copies(
       amax, words: of the copy along rows and of the one along columns.
       center: one row for each matrix, subtracted for both copies.
       hadamard: of the copy along columns.
-      batch_dims, device, interpret: as for `quantize_rows`.
+      sums: give `column_sums` of the copy along columns too, [*batch, 1, ..., 1, features], to the order of additions.
+      batch_dims, device, partitioned, interpret: as for `quantize_rows`.
 
     Raises:
       NotImplementedError: as `quantize_rows`; or the rows are no whole blocks.
-      ValueError: as `quantize_columns`.
+      ValueError: as `quantize_columns`; or the sums of a transformed copy, which are none of the array's.
     """
     for each in amax:
         _check(x, NVFP4, each, batch_dims, device, interpret)
@@ -177,22 +181,25 @@ def quantize_copies(
         raise ValueError(f"quantize_copies needs two axes behind batch_dims={batch_dims}, got shape {x.shape}")
     if x.shape[-2] % NVFP4.block:
         raise NotImplementedError(f"quantize_copies takes rows in whole blocks of 16, got shape {x.shape}")
+    if sums and hadamard:
+        raise ValueError("quantize_copies: sums=True needs hadamard=False, a transformed block has other sums")
     expected = (*x.shape[:batch_dims], *[1] * (x.ndim - batch_dims - 1), x.shape[-1])
     if center is not None and center.shape != expected:
         raise ValueError(f"center must be of shape {expected}, got {center.shape}")
     by_row, by_column = amax
     by_row = _largest(x, center, batch_dims) if by_row is None else by_row
     if by_column is None and hadamard:
-        by_column = local.hadamard_amax(x, _maybe(center), batch_dims=batch_dims, interpret=interpret)
+        where = sharded if partitioned else local
+        by_column = where.hadamard_amax(x, _maybe(center), batch_dims=batch_dims, interpret=interpret)
     elif by_column is None:
         by_column = _largest(x, center, batch_dims)
     hashes = [() if each is None else _row_hashes(each, list(x.shape[:-1]), batch_dims) for each in words]
     factors = elements.factors(by_row), elements.factors(by_column)
-    along, down = local.quantize_copies(x, factors, _maybe(center), *hashes, hadamard=hadamard, interpret=interpret)
-    return (
-        QTensor(*along, amax=by_row, format=NVFP4, axis=-1, blocked=((-1, x.shape[-1]),)),
-        QTensor(*down, amax=by_column, format=NVFP4, axis=-2, blocked=((-2, x.shape[-2]),)),
-    )
+    run = functools.partial(sharded.quantize_copies, batch_dims=batch_dims) if partitioned else local.quantize_copies
+    parts = run(x, factors, _maybe(center), *hashes, hadamard=hadamard, sums=sums, interpret=interpret)
+    by_rows = QTensor(*parts[:2], amax=by_row, format=NVFP4, axis=-1, blocked=((-1, x.shape[-1]),))
+    by_columns = QTensor(*parts[2:4], amax=by_column, format=NVFP4, axis=-2, blocked=((-2, x.shape[-2]),))
+    return by_rows, by_columns, *(total * by_columns.tensor_scale for total in parts[4:])
 
 
 def _quantize_rows(x, amax, words, center, batch_dims: int, partitioned: bool, interpret: bool) -> QTensor:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32, Shaped, UInt32
 
 from fp4jax.numerics import NVFP4
 from fp4jax.numerics.hadamard import SIGNS
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 from pallas_kernels.quantize import elements
 
 VECTOR = 2
@@ -31,9 +31,6 @@ STRIP = 128 * VECTOR
 
 _ROWS = NVFP4.block
 _BITS = _ROWS.bit_length() - 1
-# More blocks of rows for each thread block amortize its start; fewer leave enough thread blocks to fill the GPU.
-_MAX_STEPS_PER_THREAD_BLOCK = 8
-_MIN_THREAD_BLOCKS = 1024
 # The rows of a block are counted by four axes of 2, so that pairs, and each step of the transform, are an axis. They
 # lie in registers; 4 warps of 32 lanes × `VECTOR` words make a strip.
 _BLOCK = (2,) * _BITS
@@ -112,24 +109,14 @@ def hadamard_maxima(
 
 def _steps_each(shape) -> int:
     groups, rows, words = shape
-    return int(
-        np.clip(groups * rows // _ROWS * pl.cdiv(words, STRIP) // _MIN_THREAD_BLOCKS, 1, _MAX_STEPS_PER_THREAD_BLOCK)
-    )
+    return launch.steps_each(groups * rows // _ROWS * pl.cdiv(words, STRIP))
 
 
 def _strips(body, shape, out_type, name: str, interpret: bool):
     groups, rows, words = shape
     steps = _steps_each(shape)
-    return plgpu.kernel(
-        functools.partial(body, steps=steps),
-        out_type=out_type,
-        grid=(groups, pl.cdiv(rows // _ROWS, steps), pl.cdiv(words, STRIP)),
-        grid_names=("groups", "rows", "columns"),
-        # No memory is both read and written, so the barriers around every load and store would only cost time.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name=name,
-    )
+    grid = {"groups": groups, "rows": pl.cdiv(rows // _ROWS, steps), "columns": pl.cdiv(words, STRIP)}
+    return launch.kernel(functools.partial(body, steps=steps), out_type, grid, name, interpret)
 
 
 def _quantize_kernel(

@@ -138,15 +138,23 @@ def quantize_copies(
     center: tuple[Float32[Array, "..."], ...] = (),
     row_hashes: tuple[UInt32[Array, "..."], ...] = (),
     column_hashes: tuple[UInt32[Array, "..."], ...] = (),
+    start: tuple[UInt32[Array, "1"], ...] = (),
     *,
     hadamard: bool,
+    sums: bool,
     interpret: bool,
-) -> tuple[Codes, Codes]:
+) -> tuple[UInt8[Array, "..."] | Float32[Array, "..."], ...]:
     """What `quantize_rows` and `quantize_columns` give, in one read of x; arguments as for the latter, but for:
 
     Args:
       x: rows in whole blocks of 16.
       factors: of the copy along rows and of the one along columns.
+      start: a multiple of 16.
+      sums: add up element × block scale of the copy along columns over all tokens.
+
+    Returns:
+      Codes and scales of the copy along rows, those of the copy along columns and, asked for, the sums
+      [*batch, 1, ..., 1, features].
     """
     *lead, length, width = x.shape
     parts = 2 if x.dtype == jnp.bfloat16 else 1
@@ -154,22 +162,25 @@ def quantize_copies(
     full = at_least(full, (0, 0, copies.STRIP * parts))
     lanes = NVFP4.block // parts // copies.VECTOR
     by_row, by_column = (f.reshape(-1, f.shape[-1]) for f in factors)
-    row_codes, row_scales, column_codes, column_scales = copies.quantize(
+    row_codes, row_scales, column_codes, column_scales, *totals = copies.quantize(
         words(full).reshape(full.shape[0], -1, NVFP4.block, full.shape[-1] // NVFP4.block, lanes, copies.VECTOR),
         by_row,
         by_column,
         tuple(c.reshape(c.shape[0], -1, lanes, copies.VECTOR) for c in _centers(center, full)),
         *(tuple(h.reshape(-1, length) for h in hashes) for hashes in (row_hashes, column_hashes)),
+        tuple(s // parts for s in start),
         hadamard=hadamard,
+        sums=sums,
         interpret=interpret,
     )
     blocks = -(-width // NVFP4.block)
-    along = (
+    whole = (jnp.sum(t.reshape(len(by_row), -1, t.shape[-1]), axis=1)[:, :width] for t in totals)
+    return (
         row_codes.reshape(*lead, length, -1)[..., : blocks * NVFP4.block // 2],
         row_scales.reshape(*lead, length, -1)[..., :blocks],
+        *(_bytes(part.reshape(*lead, -1, part.shape[-1]))[..., :width] for part in (column_codes, column_scales)),
+        *(total.reshape(*factors[0].shape[:-2], width) for total in whole),
     )
-    down = (_bytes(part.reshape(*lead, -1, part.shape[-1]))[..., :width] for part in (column_codes, column_scales))
-    return along, tuple(down)
 
 
 def hadamard_amax(

@@ -14,22 +14,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Shaped, UInt8, UInt32
 
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 from pallas_kernels.quantize import elements
 
 TILE_BLOCKS = 16
 TILE_ROWS = {jnp.dtype(jnp.uint32): 16, jnp.dtype(jnp.float32): 8}
 """Rows that a warpgroup holds in registers at once: 2 (bfloat16) or 1 (float32) blocks a lane."""
 
-# More tiles for each thread block amortize its start; fewer leave enough thread blocks to fill the GPU.
-_MAX_TILES_PER_THREAD_BLOCK = 8
-_MIN_THREAD_BLOCKS = 1024
 # [rows, blocks, groups, 4]: 4 warps of 2 rows × 16 blocks; groups in registers, the last axis a vector.
 _TILES = ((8, TILE_BLOCKS, 1, 4), (2, TILE_BLOCKS, 1, 4))
 _LAYOUT = functools.partial(compat.tiled_layout, _TILES, (-8,), (-4, -3), -1)
@@ -60,8 +56,8 @@ def quantize(
     """
     batch, rows, blocks, groups, _ = x.shape
     column_tiles, row_tiles = pl.cdiv(blocks, TILE_BLOCKS), pl.cdiv(rows, TILE_ROWS[x.dtype])
-    tiles_each = int(np.clip(batch * column_tiles * row_tiles // _MIN_THREAD_BLOCKS, 1, _MAX_TILES_PER_THREAD_BLOCK))
-    run = plgpu.kernel(
+    tiles_each = launch.steps_each(batch * column_tiles * row_tiles)
+    run = launch.kernel(
         functools.partial(
             _kernel, centered=bool(centers), stochastic=bool(hashes), shifted=bool(start), tiles=tiles_each
         ),
@@ -69,12 +65,9 @@ def quantize(
             jax.ShapeDtypeStruct((batch, rows, blocks, groups), jnp.uint32 if groups == 2 else jnp.uint16),
             jax.ShapeDtypeStruct((batch, rows, blocks), jnp.uint8),
         ),
-        grid=(batch, pl.cdiv(row_tiles, tiles_each), column_tiles),
-        grid_names=("batch", "rows", "columns"),
-        # No memory is both read and written, so the barriers around every load and store would only cost time.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name=f"quantize_rows{'_stochastic' if hashes else ''}{'_centered' if centers else ''}",
+        grid={"batch": batch, "rows": pl.cdiv(row_tiles, tiles_each), "columns": column_tiles},
+        name=f"quantize_rows{'_stochastic' if hashes else ''}{'_centered' if centers else ''}",
+        interpret=interpret,
     )
     return run(x, factors, *centers, *hashes, *start)
 

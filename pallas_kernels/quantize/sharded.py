@@ -6,6 +6,7 @@ transform, which only the kernel knows.
 """
 
 import functools
+import itertools
 
 from jax import lax
 
@@ -42,6 +43,41 @@ def quantize_2d(x, factors, hashes=(), *, interpret: bool) -> Codes:
     return _quantize(run, follows, x, factors, (), hashes)
 
 
+def quantize_copies(
+    x,
+    factors,
+    center=(),
+    row_hashes=(),
+    column_hashes=(),
+    *,
+    hadamard: bool,
+    sums: bool,
+    batch_dims: int,
+    interpret: bool,
+):
+    """`local.quantize_copies` likewise, cut between blocks of both copies; sums are added over the devices."""
+    sizes = len(factors), len(center), len(row_hashes), len(column_hashes)
+    run = functools.partial(local.quantize_copies, hadamard=hadamard, sums=sums, interpret=interpret)
+
+    def unflatten(operands, start=()):
+        x, rest = operands[0], iter(operands[1:])
+        return run(x, *(tuple(itertools.islice(rest, size)) for size in sizes), start)
+
+    def of_shards(shards: Shards):
+        start = _start(shards, bool(row_hashes or column_hashes))
+        names = shards.across(range(batch_dims, x.ndim - 1)) if sums else ()
+
+        def of_shard(*operands):
+            *copies, last = unflatten(operands, start())
+            return (*copies, lax.psum(last, names) if names else last)
+
+        return of_shard
+
+    follows = Follows({x.ndim - 2: NVFP4.block, x.ndim - 1: NVFP4.block}, f"{_BLOCK}x{NVFP4.block}")
+    operands = (x, *factors, *center, *row_hashes, *column_hashes)
+    return over_shards(lambda *operands: unflatten(operands), of_shards, follows, operands)
+
+
 def hadamard_amax(x, center=(), *, batch_dims: int, interpret: bool):
     """`local.hadamard_amax` likewise: the maximum over all shards of a matrix."""
     run = functools.partial(local.hadamard_amax, batch_dims=batch_dims, interpret=interpret)
@@ -68,10 +104,16 @@ def _quantize(run, follows: Follows, x, factors, center, hashes) -> Codes:
         return run(x, factors, tuple(rest[: len(center)]), tuple(rest[len(center) :]), start)
 
     def of_shards(shards: Shards):
-        columns = len(shards.shape) - 1
-        moved = bool(hashes) and bool(shards.names[columns])
-        if moved:
-            shards.check(columns, 2, "the two columns of one random number")
-        return lambda *operands: unflatten(operands, (shards.start(columns),) if moved else ())
+        start = _start(shards, bool(hashes))
+        return lambda *operands: unflatten(operands, start())
 
     return over_shards(lambda *operands: unflatten(operands), of_shards, follows, (x, factors, *center, *hashes))
+
+
+def _start(shards: Shards, drawn: bool):
+    """Inside the program of a device: the column where its shard begins, where random numbers count from it."""
+    columns = len(shards.shape) - 1
+    if not (drawn and shards.names[columns]):
+        return lambda: ()
+    shards.check(columns, 2, "the two columns of one random number")
+    return lambda: (shards.start(columns),)

@@ -12,14 +12,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Shaped, UInt8, UInt32
 
 from fp4jax.numerics import NVFP4
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 from pallas_kernels.quantize import elements
 
 VECTOR = 2
@@ -31,8 +30,6 @@ _BITS = _SIDE.bit_length() - 1
 _ROWS = (2,) * _BITS  # a block's rows, counted by axes of 2 so that pairs of rows are one
 _ALL_ROWS = tuple(range(_BITS))
 _BLOCKS, _WORDS = _BITS, _BITS + 1  # the axes behind the rows
-_MAX_STEPS_PER_THREAD_BLOCK = 8
-_MIN_THREAD_BLOCKS = 1024
 
 
 @functools.cache
@@ -68,8 +65,8 @@ def quantize(
     """
     groups, down, _, across, words = x.shape
     strips = pl.cdiv(across * words, STRIP)
-    steps = int(np.clip(groups * down * strips // _MIN_THREAD_BLOCKS, 1, _MAX_STEPS_PER_THREAD_BLOCK))
-    codes, scales = plgpu.kernel(
+    steps = launch.steps_each(groups * down * strips)
+    codes, scales = launch.kernel(
         functools.partial(_kernel, stochastic=bool(hashes), shifted=bool(start), steps=steps),
         out_type=(
             jax.ShapeDtypeStruct(
@@ -77,12 +74,9 @@ def quantize(
             ),
             jax.ShapeDtypeStruct((groups, down, across), jnp.uint8),
         ),
-        grid=(groups, pl.cdiv(down, steps), strips),
-        grid_names=("groups", "rows", "columns"),
-        # No memory is both read and written, so the barriers around every load and store would only cost time.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name=f"quantize_2d{'_stochastic' if hashes else ''}",
+        grid={"groups": groups, "rows": pl.cdiv(down, steps), "columns": strips},
+        name=f"quantize_2d{'_stochastic' if hashes else ''}",
+        interpret=interpret,
     )(
         x.reshape(groups, down, *_ROWS, across, words),
         factors,

@@ -78,3 +78,16 @@ def test_products_are_measured_and_a_wrong_one_is_not(kind, monkeypatch):
     monkeypatch.setattr(gemm, "emulated", lambda kind: lambda *pair: right(*pair).at[0, 0].add(jnp.bfloat16(4)))
     with pytest.raises(ValueError, match=f"{kind}: the emulated product is off by .* no time is reported"):
         gemm.measure(kind, tokens=32, inputs=64, outputs=48, repeats=2)
+
+
+def test_the_kernel_is_measured_where_it_is_served(monkeypatch):
+    monkeypatch.setattr(gemm.timing, "WORKING_SET", 2**12)
+    row = gemm.measure("fprop", tokens=32, inputs=64, outputs=48, repeats=2)
+    assert gemm.unsupported_reason() and not any("fused" in key for key in row)
+    monkeypatch.setattr(gemm, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(gemm, "fused", gemm.emulated)  # the kernel itself needs a GPU
+    row = gemm.measure("fprop", tokens=32, inputs=64, outputs=48, repeats=2)
+    assert row["fused_us"] > 0 and row["fused_over_emulated"]["ratio"] > 0
+    monkeypatch.setattr(gemm, "fused", lambda kind: lambda *pair: gemm.emulated(kind)(*pair) * 2)
+    with pytest.raises(ValueError, match="fprop: the fused product is off by .* no time is reported"):
+        gemm.measure("fprop", tokens=32, inputs=64, outputs=48, repeats=2)

@@ -1,6 +1,6 @@
 """Compiles a quantizer for a GPU that is not there: `compile_for_target.py DESCRIPTION KERNEL DTYPE SHAPE`.
 
-KERNEL: rows, columns, 2d or copies, then any of stochastic, centered, hadamard, joined by hyphens.
+KERNEL: rows, columns, 2d or copies, then any of stochastic, centered, hadamard, sums, joined by hyphens.
 
 Prints the optimized HLO. One process for each program: Mosaic keeps compiled kernels without regard to the target.
 """
@@ -33,9 +33,8 @@ def main(description: str, kernel: str, dtype: str, shape: str) -> None:
     def both(x, amax, center, words):
         drawn = (words, words + 1) if "stochastic" in variants else (None, None)
         given = {"center": center} if "centered" in variants else {}
-        return quantize_copies(
-            x, amax=(amax, amax * 2), words=drawn, hadamard="hadamard" in variants, batch_dims=1, device=device, **given
-        )
+        given |= {name: name in variants for name in ("hadamard", "sums")}
+        return quantize_copies(x, amax=(amax, amax * 2), words=drawn, batch_dims=1, device=device, **given)
 
     def quantize(x, amax, center, words):
         arguments = {"amax": amax * 2, "batch_dims": 1, "device": device}

@@ -42,6 +42,7 @@ pytestmark = [
         ("h200", "copies-centered", "bfloat16", "1,16,4096,1024"),
         ("h200", "copies-stochastic-centered", "bfloat16", "1,16,4096,3072"),
         ("h200", "copies-stochastic-centered-hadamard", "float32", "8,4096,3072"),
+        ("h200", "copies-stochastic-centered-sums", "bfloat16", "1,16,4096,3072"),
         ("b200", "copies-stochastic-centered-hadamard", "bfloat16", "8,4096,3072"),
         ("h200", "2d", "bfloat16", "1,1024,3072"),
         ("h200", "2d-stochastic", "float32", "8,1024,3072"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fp4jax.numerics import NVFP4, quantize_blocks
-from pallas_kernels.quantize import quantize_2d, squares
+from pallas_kernels import launch
+from pallas_kernels.quantize import quantize_2d
 from tests.pallas_kernels.quantize.test_quantize_rows import (  # noqa: F401 (a fixture)
     DTYPES,
     assert_same,
@@ -59,8 +60,8 @@ def test_the_largest_magnitude_of_a_block_may_lie_anywhere_in_it(interpret):  # 
 
 
 def test_steps_of_one_thread_block(interpret, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(squares, "_MIN_THREAD_BLOCKS", 1)
-    monkeypatch.setattr(squares, "_MAX_STEPS_PER_THREAD_BLOCK", 3)
+    monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
+    monkeypatch.setattr(launch, "MOST_STEPS", 3)
     check(values((7 * 16, 272), jnp.bfloat16), interpret, words=stream(True))  # a shape of this test alone
 
 

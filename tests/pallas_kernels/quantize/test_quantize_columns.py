@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fp4jax.numerics import NVFP4, hadamard, quantize_blocks
-from pallas_kernels.quantize import columns, quantize_columns
+from pallas_kernels import launch
+from pallas_kernels.quantize import quantize_columns
 from tests.pallas_kernels.quantize.test_quantize_rows import (  # noqa: F401 (a fixture)
     DTYPES,
     assert_same,
@@ -75,8 +76,8 @@ def test_each_matrix_of_a_batch_has_its_own_scale_and_noise(transformed, dtype, 
 
 
 def test_steps_of_one_thread_block(interpret, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(columns, "_MIN_THREAD_BLOCKS", 1)
-    monkeypatch.setattr(columns, "_MAX_STEPS_PER_THREAD_BLOCK", 3)
+    monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
+    monkeypatch.setattr(launch, "MOST_STEPS", 3)
     for transformed in (False, True):  # shapes of this test alone: jit keeps the others
         check(values((7 * 16, 257), jnp.bfloat16), interpret, transformed=transformed, words=stream(True))
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fp4jax.numerics import NVFP4, hadamard, key_words, quantize_blocks
-from pallas_kernels.quantize import copies, quantize_copies
+from pallas_kernels import launch
+from pallas_kernels.quantize import quantize_copies
 from tests.pallas_kernels.quantize.test_quantize_rows import (  # noqa: F401 (a fixture)
     DTYPES,
     assert_same,
@@ -56,8 +57,8 @@ def test_one_copy_may_be_stochastic(drawn, interpret):  # noqa: F811
 
 
 def test_steps_of_one_thread_block(interpret, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(copies, "_MIN_THREAD_BLOCKS", 1)
-    monkeypatch.setattr(copies, "_MAX_STEPS_PER_THREAD_BLOCK", 3)
+    monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
+    monkeypatch.setattr(launch, "MOST_STEPS", 3)
     check(values((7 * 16, 288), jnp.bfloat16), interpret, words=WORDS)  # a shape of this test alone
 
 
@@ -66,6 +67,34 @@ def test_maxima_that_are_given_are_used(interpret):  # noqa: F811
     got = quantize_copies(values((32, 48), jnp.bfloat16), amax=amax, interpret=interpret)
     assert [float(copy.amax[0, 0]) for copy in got] == [37.5, 50.0]
     assert (np.asarray(got[0].scales).max(), np.asarray(got[1].scales).max()) != (126, 126)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_sums_in_the_same_read(dtype, interpret, monkeypatch):  # noqa: F811
+    """Of two matrices of two sequences each; a thread block takes two blocks of rows, the last one less."""
+    monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
+    monkeypatch.setattr(launch, "MOST_STEPS", 2)
+    x, center = values((2, 2, 48, 544), dtype), values((2, 1, 1, 544), jnp.float32, seed=1)
+    given = {"center": center, "words": WORDS, "batch_dims": 1, "interpret": interpret}
+    *got, sums = quantize_copies(x, sums=True, **given)
+    for copy, twin in zip(got, quantize_copies(x, **given), strict=True):
+        assert_same(copy, twin)
+    represented = np.asarray(got[1].dequantize(), np.float64)
+    want, scale = (part.sum(axis=(1, 2), keepdims=True) for part in (represented, np.abs(represented)))
+    assert sums.shape == want.shape and sums.dtype == jnp.float32
+    assert (np.abs(np.asarray(sums) - want) <= 2e-6 * scale).all()
+
+
+@pytest.mark.gpu  # the maxima of XLA:CPU, which the interpreter runs on, may lose NaN
+def test_sums_show_a_block_that_is_not_finite():
+    x = jnp.ones((32, 544)).at[3, 7].set(jnp.nan)
+    sums = np.asarray(quantize_copies(x, amax=(jnp.ones((1, 1)),) * 2, sums=True)[2])[0]
+    assert np.isnan(sums[7]) and np.isfinite(np.delete(sums, 7)).all()
+
+
+def test_sums_of_a_transformed_copy_are_refused():
+    with pytest.raises(ValueError, match="sums=True needs hadamard=False"):
+        quantize_copies(jnp.ones((32, 32)), sums=True, hadamard=True, interpret=True)
 
 
 def test_rows_that_are_no_whole_blocks_are_refused():

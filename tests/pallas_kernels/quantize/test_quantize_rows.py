@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fp4jax.numerics import NVFP4, Format, key_words, quantize_blocks
-from pallas_kernels import compat
-from pallas_kernels.quantize import api, quantize_rows, rows, shapes
+from pallas_kernels import compat, launch
+from pallas_kernels.quantize import api, quantize_rows, shapes
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 needs_interpreter = pytest.mark.skipif(not compat.CAN_INTERPRET, reason="the GPU interpreter needs JAX 0.12")
@@ -160,8 +160,8 @@ def test_under_jit_and_vmap(interpret):
 
 def test_tiles_of_one_thread_block(interpret, monkeypatch):
     # Only large matrices give a thread block several tiles, the last of them beyond the end.
-    monkeypatch.setattr(rows, "_MIN_THREAD_BLOCKS", 1)
-    monkeypatch.setattr(rows, "_MAX_TILES_PER_THREAD_BLOCK", 3)
+    monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
+    monkeypatch.setattr(launch, "MOST_STEPS", 3)
     check(
         values((71, 320), jnp.bfloat16), interpret, words=stream(True)
     )  # a shape of this test alone: jit keeps others

@@ -24,6 +24,7 @@ def install(monkeypatch) -> None:
         (local, quantize_rows),
         (local, quantize_columns),
         (local, quantize_2d),
+        (local, quantize_copies),
         (local, hadamard_amax),
         (sums_local, column_sums),
         (stats_local.kernel, partial_stats),
@@ -49,6 +50,14 @@ def quantize_2d(x, factors, hashes=(), start=(), *, interpret):
     scales, multipliers = elements.block_scale(jnp.max(jnp.abs(blocks), axis=(-3, -1)), _by_matrix(factors))
     scaled = (blocks * jnp.expand_dims(multipliers, (-3, -1))).reshape(x.shape)
     return _packed(scaled, hashes, start, -2), scales
+
+
+def quantize_copies(x, factors, center=(), row_hashes=(), column_hashes=(), start=(), *, hadamard, sums, interpret):
+    along = quantize_rows(x, factors[0], center, row_hashes, start, interpret=interpret)
+    down = quantize_columns(x, factors[1], center, column_hashes, start, hadamard=hadamard, interpret=interpret)
+    batch_dims = sum(size > 1 for size in factors[0].shape[:-1])
+    totals = [column_sums(*down, batch_dims=batch_dims, interpret=interpret)] if sums else []
+    return *along, *down, *totals
 
 
 def hadamard_amax(x, center=(), *, batch_dims, interpret):

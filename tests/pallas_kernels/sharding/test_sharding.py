@@ -17,7 +17,7 @@ from pallas_kernels import compat
 from pallas_kernels.column_stats import column_stats
 from pallas_kernels.column_stats import local as stats_local
 from pallas_kernels.column_sums import column_sums
-from pallas_kernels.quantize import elements, local, quantize_2d, quantize_columns, quantize_rows
+from pallas_kernels.quantize import elements, local, quantize_2d, quantize_columns, quantize_copies, quantize_rows
 from tests.pallas_kernels.quantize.test_quantize_rows import assert_same, values
 from tests.pallas_kernels.sharding import in_xla
 
@@ -96,6 +96,28 @@ def test_2d(spec, words, mesh, emulated):
     assert_nothing_is_gathered(program)
     for part in (got.codes, got.scales):
         assert part.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+@pytest.mark.parametrize("cut", ["sequences and features", "tokens and features", "not at all"])
+@pytest.mark.parametrize("variant", ["centered stochastic sums", "stochastic hadamard"])
+def test_copies(cut, variant, mesh, emulated):
+    x = values(SHAPE, jnp.bfloat16)
+    center = mean_of(x) if "centered" in variant else None
+    words = STOCHASTIC, STOCHASTIC + 1
+    flags = {name: name in variant for name in ("hadamard", "sums")}
+    run = functools.partial(quantize_copies, words=words, center=center, partitioned=True, interpret=True, **flags)
+    (along, down, *sums), program = on(mesh, CUTS[cut], run, x)
+    residual = x if center is None else x.astype(jnp.float32) - center
+    transformed = hadamard(residual, -2) if flags["hadamard"] else residual
+    for got, of, axis, drawn in ((along, residual, -1, words[0]), (down, transformed, -2, words[1])):
+        twin = functools.partial(quantize_blocks, format=NVFP4, axes=(axis,), pack_axis=axis, words=drawn)
+        assert_same(got, jax.jit(twin)(of))
+    assert len(sums) == flags["sums"]
+    for total in sums:
+        represented = np.asarray(down.dequantize(), np.float64)
+        want, scale = (part.sum((0, 1), keepdims=True) for part in (represented, np.abs(represented)))
+        assert (np.abs(np.asarray(total) - want) <= 1e-6 * scale).all()
+    assert_nothing_is_gathered(program)
 
 
 @pytest.mark.parametrize("batch_dims", [0, 1])
@@ -199,6 +221,24 @@ def test_a_kernel_counts_from_where_its_shard_begins(columns, dtype):
         np.testing.assert_array_equal(np.asarray(codes), np.asarray(want.codes[1:, rows, there]))
         blocks = (slice(1, None), here) if columns else (slice(16, None), slice(start // 16, stop // 16))
         np.testing.assert_array_equal(np.asarray(scales), np.asarray(want.scales[1:][:, *blocks]))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_both_copies_count_from_where_their_shard_begins(dtype):
+    x = values((2, 32, 96), dtype)
+    along, down = (
+        jax.jit(functools.partial(quantize_blocks, format=NVFP4, axes=(a,), pack_axis=a, words=STOCHASTIC))(x)
+        for a in (-1, -2)
+    )
+    factors = elements.factors(along.amax), elements.factors(down.amax)
+    hashes = tuple(h.reshape(2, 32)[1:] for h in elements.row_hashes(STOCHASTIC, 1, 64))
+    begins = (jnp.full(1, 48, jnp.uint32),)
+    flags = {"hadamard": False, "sums": False, "interpret": True}
+    got = local.quantize_copies(x[1:, :, 48:], factors, (), hashes, hashes, begins, **flags)
+    want = along.codes[1:, :, 24:], along.scales[1:, :, 3:], down.codes[1:, :, 48:], down.scales[1:, :, 48:]
+    for part, wanted in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(part), np.asarray(wanted))
 
 
 @needs_interpreter

@@ -1,0 +1,104 @@
+"""`dequant_matmul`: the product of two quantized operands by one kernel that reads their codes."""
+
+import math
+
+import jax
+from jaxtyping import Array, Float32
+
+from fp4jax.numerics import E2M1, E4M3, NVFP4, QTensor
+from pallas_kernels import compat
+from pallas_kernels.dequant_matmul import kernel, local
+
+_CAPABILITY = "9.0"
+_GRID_LIMIT = 65535  # of all axes of a CUDA grid but one
+Axes = tuple[int, ...]
+
+
+def unsupported_reason(device: compat.Device | None = None) -> str | None:
+    """Why the kernel cannot serve `device` (default: the first of `jax.devices()`), or None where it can.
+
+    It is of Hopper alone: its instruction, `wgmma`, is gone from Blackwell, which multiplies FP4 natively.
+    """
+    device = device or jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform in ("gpu", "cuda") and capability == _CAPABILITY:
+        return None
+    found = capability if device.platform in ("gpu", "cuda") else device.platform
+    return (
+        f"wgmma needs an NVIDIA GPU of compute capability {_CAPABILITY}, the device is {device.device_kind} ({found})"
+    )
+
+
+def misfit(lhs: QTensor, rhs: QTensor, contracted: tuple[Axes, Axes], batch_dims: int = 0) -> str | None:
+    """Why the kernel does not multiply these operands over the axes `contracted`, or None if it does."""
+    for value, axes in zip((lhs, rhs), contracted, strict=True):
+        if (reason := _unfit(value, axes, batch_dims)) is not None:
+            return reason
+    sizes = [tuple(value.padded_shape[a] for a in axes) for value, axes in zip((lhs, rhs), contracted, strict=True)]
+    if math.prod(sizes[0]) != math.prod(sizes[1]):
+        return f"the operands are padded to different sizes, {sizes[0]} and {sizes[1]}"
+    return None
+
+
+def dequant_matmul(
+    lhs: QTensor,
+    rhs: QTensor,
+    contracted: tuple[Axes, Axes],
+    batch_dims: int = 0,
+    *,
+    device: compat.Device | None = None,
+    interpret: bool = False,
+) -> Float32[Array, "..."]:
+    """The product of the represented values, [*batch, *lhs rows, *rhs rows], accumulated in float32.
+
+    Element × block scale is exact in what is multiplied, products are added in an order that the shape decides, and the
+    tensor scales multiply the sum at the end. Where the products of elements × block scales are multiples of one number
+    and their magnitudes add up to less than 2^24 of it, the sum is exact; elsewhere it is within k 2^-23 of the sum of
+    their magnitudes, k the length of the contraction. A block that is not finite makes its row or column so. It has no
+    derivative.
+
+    Args:
+      lhs, rhs: E2M1 in blocks of 16 with scales in E4M3 and one float32 scale a matrix, logical shapes [*batch, *rows,
+        features] with blocks along the last axis, or [*batch, *tokens, features] with blocks along the last axis but
+        one, or 16x16 over both; at least 128 rows.
+      contracted: of each operand the axes that are summed over, negative and ascending: (-1,), or all behind the batch
+        but the last.
+      batch_dims: leading axes of both that count independent products.
+      device: the device the program is compiled for; default: the first of `jax.devices()`.
+      interpret: run the kernel in Pallas' GPU interpreter instead, on any device: for tests.
+
+    Raises:
+      NotImplementedError: the device or the JAX release is not served.
+      ValueError: the operands are none that the kernel multiplies: `misfit` says why.
+    """
+    reason = compat.not_interpreted() if interpret else unsupported_reason(device)
+    if reason:
+        raise NotImplementedError(f"{reason}; multiply the dequantized operands instead")
+    if reason := misfit(lhs, rhs, contracted, batch_dims):
+        raise ValueError(f"dequant_matmul: {reason}")
+    (left, rows), (right, columns) = (
+        local.operand(value, axes, batch_dims) for value, axes in zip((lhs, rhs), contracted, strict=True)
+    )
+    batch = lhs.shape[:batch_dims]
+    scale = (lhs.tensor_scale.reshape(-1) * rhs.tensor_scale.reshape(-1)).reshape(math.prod(batch))
+    result = local.product(scale, left, right, interpret=interpret)
+    return result.reshape(*batch, *rows, *columns)
+
+
+def _unfit(value: QTensor, axes: Axes, batch_dims: int) -> str | None:
+    format, shape = value.format, value.shape
+    if (format.element, format.block, format.scale) != (E2M1, NVFP4.block, E4M3):
+        return f"{format} is not E2M1 in blocks of {NVFP4.block} with scales in E4M3"
+    if not all(isinstance(size, int) for size in shape):
+        return "symbolic shapes"
+    if value.amax is None or any(size != 1 for size in value.amax.shape[batch_dims:]):
+        return f"{format} has no float32 scale that is one number a matrix"
+    behind_batch = tuple(range(batch_dims - len(shape), 0))
+    if axes not in ((-1,), behind_batch[:-1]):
+        return f"axes {axes} of {shape} are neither the last one nor all behind the batch but the last"
+    if axes[-1] not in dict(value.blocked):
+        return f"the blocks of {format} run along another axis"
+    rows = math.prod(size for i, size in zip(behind_batch, shape[batch_dims:], strict=True) if i not in axes)
+    if not kernel.MIN_ROWS <= rows <= kernel.MIN_ROWS * _GRID_LIMIT or math.prod(shape[:batch_dims]) > _GRID_LIMIT:
+        return f"{rows} rows in {math.prod(shape[:batch_dims])} products: a kernel takes {kernel.MIN_ROWS} rows or more"
+    return None
