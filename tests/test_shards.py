@@ -168,6 +168,21 @@ def test_any_mesh_computes_the_same(mesh):
     contract.assert_close(found, on_one_device(name, x, w, d))
 
 
+@pytest.mark.slow
+def test_explicit_axes():
+    """Prepared operands have the axis of shards where the tokens' first axis was, and its sharding."""
+    here = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x, w, d = tensors()
+    name = f"averis+shards{SHARDS}"
+    specs = P("data"), P(), P("data")
+    placed = [jax.device_put(t, NamedSharding(here, s)) for t, s in zip((x, w, d), specs, strict=True)]
+    with jax.set_mesh(here):
+        found = on_one_device(name, *placed, prepared=True)
+        codes = jax.jit(lambda x: prepare(x, name, key=KEY))(placed[0]).forward.residual.codes
+    assert codes.sharding.spec == P("data", None, None, None)
+    contract.assert_close(found, on_one_device(name, x, w, d))
+
+
 def test_tokens_that_do_not_divide():
     x, w = map(jnp.asarray, tensors()[:2])
     with pytest.raises(ValueError, match="cuts the first token axis into 3 shards, and it has 8: use a multiple of 3"):
