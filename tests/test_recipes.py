@@ -321,6 +321,7 @@ def test_as_recipe():
         ("averis+shards0", "unknown variant 'shards0'"),
         ("averis+shards8+shards4", "contradict or repeat"),
         ("bf16+shards8", "recipe bf16 has no statistic of all tokens"),
+        ("ternary+shards8", "recipe ternary has no statistic of all tokens"),
         ("mxfp4+shards8", "recipe mxfp4 has no statistic of all tokens"),
         ("tetrajet2+shards8", "recipe tetrajet2 has no statistic of all tokens"),
         ("ternary+fwd_bf16", "recipe ternary quantizes nothing but the forward"),

@@ -1,0 +1,61 @@
+"""Where a training step on eight devices first parts from the same step on one: the codes of X in every linear layer.
+
+    PYTHONPATH=. python experiments/first_difference.py [--recipe=averis_centered]
+
+The model, state and batch of `experiments/layouts.py`, on one device and on eight along "data". Of each X that the
+forward pass quantizes, in order: how many elements of it differ, and how many codes and block scales of its residual.
+"""
+
+import sys
+from collections.abc import Sequence
+from unittest import mock
+
+import jax
+import numpy as np
+
+from experiments import layouts
+from fp4jax import operands
+from fp4jax.cli import Parser, run
+from fp4jax.config import mesh_of
+from fp4jax.operands import Part
+
+Prepared = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""X, and codes and block scales of its residual."""
+
+
+def prepared_on(recipe: str, sizes: dict[str, int]) -> list[Prepared]:
+    """Every X of the first step's forward pass, in the order in which the layers come."""
+    config = layouts.config_of("qwen3", recipe)
+    found: list[Prepared] = []
+    original = operands._part  # every copy of every operand passes here
+
+    def recorded(rows: operands.Rows, split: object, operand: object, slot: str, *rest: object) -> Part:
+        part = original(rows, split, operand, slot, *rest)
+        if slot == "fprop.x":
+            keep = lambda *arrays: found.append(tuple(np.array(array) for array in arrays))  # noqa: E731
+            jax.debug.callback(keep, rows.x, part.residual.codes, part.residual.scales)
+        return part
+
+    with mock.patch.object(operands, "_part", recorded):
+        layouts.Layout(config, sizes).run(layouts.batches(config, 1))
+    jax.effects_barrier()
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints one line for each X."""
+    parser = Parser("experiments/first_difference.py", __doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="averis_centered")
+    flags = parser.parse_args(arguments)
+    one, eight = (prepared_on(flags.recipe, sizes) for sizes in (mesh_of(), mesh_of(data=layouts.DEVICES)))
+    print(f"{flags.recipe}: X of layer 1 (attention in, attention out, MLP in, MLP hidden), layer 2, ...")
+    print("  X   elements   differ  relative  codes differ  scales differ")
+    for number, (a, b) in enumerate(zip(one, eight, strict=True), 1):
+        differ, codes, scales = (int(np.sum(left != right)) for left, right in zip(a, b, strict=True))
+        relative = np.linalg.norm(a[0] - b[0]) / np.linalg.norm(a[0])
+        print(f"{number:3}{a[0].size:11,}{differ:9,}{relative:10.1e}{codes:14}{scales:15}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", layouts.DEVICES)
+    sys.exit(run(main, sys.argv[1:]))
