@@ -23,8 +23,8 @@ from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
 from fp4jax.models import wire
 from fp4jax.models.cache import CachedAttention
 from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate, swiglu
+from fp4jax.models.segments import Products, segments
 from fp4jax.policy import Policy
-from fp4jax.recipes import Recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, Monitor
 
 LINEARS = (
@@ -93,15 +93,6 @@ class Qwen3Config:
         return tuple(f"layers.{layer}.{linear}" for layer in range(self.num_layers) for linear in self.linears)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Products:
-    """Everything static about a block's matrix products."""
-
-    recipes: tuple[Recipe, ...]  # of the block's linears, in order
-    backend: str
-    gemm: str
-
-
 class Linear(nnx.Module):
     """A kernel [L, inputs, outputs], stacked over layers."""
 
@@ -156,7 +147,7 @@ class Block(nnx.Module):
         return functools.reduce(getattr, linear.split("."), self).axes
 
     def __call__(
-        self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None,
+        self, x_BxTxD, rope, products: Products, weights, key, monitor: Monitor | None = None,
         attend=causal_attention, row_mask=None,
     ):  # fmt: skip
         """One layer. `weights`: prepared kernels by name, or None; `key`, `monitor`: the layer's, or None."""
@@ -179,7 +170,7 @@ class Block(nnx.Module):
         gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], x_BxTxD)
         return linears(LINEARS[6:], swiglu(gate_BxTxF, up_BxTxF))[0]
 
-    def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None, row_mask):
+    def _linears(self, names, x, *, products: Products, weights, key, monitor: Monitor | None, row_mask):
         """The products of one input with several kernels; x is prepared once for each recipe among them.
 
         Leading axes of a kernel count independent matrices (experts), and x has them too; `row_mask`: x's real rows.
@@ -226,7 +217,7 @@ class Qwen3(nnx.Module):
           ValueError: a rule of the policy that matches no layer.
         """
         self.config = config
-        self.segments = _segments(config, policy, backend, gemm)
+        self.segments = segments(config.linears, config.num_layers, policy, backend, gemm)
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
         self.layers = self.block_class(config, rngs)
@@ -366,20 +357,6 @@ class Qwen3(nnx.Module):
 
         # One layer at a time: quantizing all at once would hold float32 temporaries of the whole model.
         return lax.map(one_layer, (kernels, _indices(layers)))
-
-
-def _segments(config: Qwen3Config, policy: Policy, backend: str, gemm: str) -> tuple[tuple[range, _Products], ...]:
-    """Runs of neighbouring layers whose recipes agree: each is one scan."""
-    recipes = tuple(policy.assign(config.linear_paths).values())
-    segments = []
-    for layer in range(config.num_layers):
-        first = layer * len(config.linears)
-        products = _Products(recipes[first : first + len(config.linears)], backend, gemm)
-        if segments and segments[-1][1] == products:
-            segments[-1] = (range(segments[-1][0].start, layer + 1), products)
-        else:
-            segments.append((range(layer, layer + 1), products))
-    return tuple(segments)
 
 
 def _matrix(shape, axes, std, rngs: nnx.Rngs) -> nnx.Param:
