@@ -27,8 +27,9 @@ from fp4jax import scopes
 from fp4jax.batching import once_differentiable, vary_alike, vmappable
 from fp4jax.canonical import canonicalize, check_canonical, check_operands, check_row_mask, result_type
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
+from fp4jax.layout import Names
 from fp4jax.numerics import key_words, mask_rows
-from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, packed, prepare_tokens, prepare_weights
+from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, packed, prepare_tokens, prepare_weights, shared, whole
 from fp4jax.quantizers import Quantizer, best, by_kernels, by_xla
 from fp4jax.recipes import Gemm, Recipe, as_recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
@@ -57,6 +58,7 @@ class _Spec:
     precision: object
     quantizer: Quantizer
     short: tuple[int | None, int | None]  # contractions over inputs, outputs that are too short to quantize
+    axes: tuple[Names | None, Names | None]  # names of the axes of X, D where devices share their sequences
 
     def with_batch_dims(self, batch_dims: int) -> "_Spec":
         return dataclasses.replace(self, batch_dims=batch_dims)
@@ -78,6 +80,8 @@ def dot_general(
     probe: Float[Array, " statistics"] | None = None,
     backend: str = "auto",
     gemm: str = "auto",
+    lhs_axes: Names | None = None,
+    out_axes: Names | None = None,
 ) -> Float[Array, "..."]:
     """`jax.lax.dot_general` of activations and weights under a recipe, differentiable in both.
 
@@ -98,6 +102,9 @@ def dot_general(
         statistic; their result and gradient are zero.
       probe: zeros of shape [len(GRADIENT_STATISTICS)], float32; its cotangent is the sum of those statistics.
       backend: quantizer: "auto", "xla" or "pallas".  gemm: product: "auto", "native" or "emulated".
+      lhs_axes, out_axes: names of the axes of lhs, and of the result and its gradient, in `fp4jax.layout`, given where
+        one is "sequence": tokens are then prepared where they are, and the copies gathered for the products, in codes.
+        They ask for canonical layout.
 
     Returns:
       The product with lax's result shape and dtype. Masked rows are zero.
@@ -110,15 +117,16 @@ def dot_general(
       NotImplementedError: a backend or product asked for by name that this device cannot serve.
     """
     recipe = as_recipe(recipe)
-    _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
+    _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe, (lhs_axes, out_axes))
     quantizer, execution = implementation(backend, gemm)
-    if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
+    if recipe.is_high_precision and all(a is None for a in (lhs_q, rhs_q, row_mask, probe, lhs_axes, out_axes)):
         asked = (dimension_numbers, precision, preferred_element_type)
         with scopes.of_recipe(recipe.name):
             return lax.dot_general(lhs, rhs, *asked, out_sharding=out_sharding)
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
     precision = tuple(precision) if isinstance(precision, list) else precision
-    product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, execution)
+    static = (dimension_numbers, recipe, result.dtype, precision, quantizer, execution, (lhs_axes, out_axes))
+    product = functools.partial(_product, *static)
     words = None if key is None else key_words(key)
     arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
     return with_auto_axes(product, explicit_mesh(lhs, rhs), result.sharding)(*arrays)
@@ -183,17 +191,20 @@ def prepare(
 
 
 def _product(
-    dimension_numbers, recipe, dtype, precision, quantizer, execution, lhs, rhs, lhs_q, rhs_q, words, row_mask, probe
-):
+    dimension_numbers, recipe, dtype, precision, quantizer, execution, axes,
+    lhs, rhs, lhs_q, rhs_q, words, row_mask, probe,
+):  # fmt: skip
     """`dot_general` after its checks, under Auto axes: static arguments first, then arrays."""
     x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
     asked, recipe = recipe, _for_contractions(recipe, x.shape[-1], w.shape[-1])
     short = tuple(size if size < _MIN_CONTRACTION and recipe != asked else None for size in (x.shape[-1], w.shape[-1]))
-    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, execution, precision, quantizer, short)
+    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, execution, precision, quantizer, short, axes)
     mask = None if row_mask is None else layout.row_mask(row_mask)
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
     new_x, new_w = _prepare(recipe, spec.batch_dims, quantizer, raw_x, raw_w, words, mask)
-    return layout.restore(_differentiable(spec)(x, w, lhs_q or new_x, rhs_q or new_w, words, mask, probe))
+    return layout.restore(
+        _differentiable(spec)(x, w, lhs_q or shared(new_x, axes[0]), rhs_q or new_w, words, mask, probe)
+    )
 
 
 def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words, mask):
@@ -209,9 +220,12 @@ def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words,
 def _differentiable(spec: _Spec):
     """The custom VJP of one static specification."""
 
+    def product(xq, wq, mask):
+        return _fprop(spec)((), wq.forward, whole(xq.forward, spec.axes[0]), None, mask)[0]
+
     @jax.custom_vjp
     def dot(x, w, xq, wq, words, mask, probe):
-        return _fprop(spec)((), wq.forward, xq.forward, None, mask)[0]
+        return product(xq, wq, mask)
 
     def forward(x, w, xq, wq, words, mask, probe):
         once_differentiable(x, w)
@@ -223,12 +237,12 @@ def _differentiable(spec: _Spec):
         for side, operand in (("lhs", xq), ("rhs", wq)):
             if operand.backward is None:
                 raise ValueError(f"{side}_q was prepared without a key, which its copy for the backward needs")
-        (y,) = _fprop(spec)((), wq.forward, xq.forward, None, mask)
-        return y, (packed(xq.backward), packed(wq.backward), words, mask, probe)
+        return product(xq, wq, mask), (packed(xq.backward), packed(wq.backward), words, mask, probe)
 
     def backward(residuals, d):
         once_differentiable(d)
         x, w, words, mask, probe = residuals
+        x = whole(x, spec.axes[0])
         dx, dw, statistics = _dgrad_and_wgrad(spec, probe is not None)(d, w, x, words, mask)
         if statistics is not None:
             statistics = statistics.reshape(-1, statistics.shape[-1]).sum(0)
@@ -272,6 +286,7 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
         d = mask_rows(d, mask)
         with scopes.of_recipe(recipe.name), scopes.of_preparation():
             dq = prepare_tokens(d, recipe, D_SLOTS, batch_dims, words, mask, spec.quantizer, partners=(w, x))
+            dq = whole(shared(dq, spec.axes[1]), spec.axes[1])
         how = (spec.execution, spec.precision, mask)
 
         def contract(x, d_part):
@@ -364,9 +379,13 @@ def _check_prepared(name: str, operand, prepared, needed: Purpose) -> None:
         )
 
 
-def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe) -> None:
+def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe, axes) -> None:
     check_operands(lhs, rhs, dimension_numbers, row_mask)
-    check_canonical(lhs, rhs, dimension_numbers, lhs_q is not None, rhs_q is not None)
+    named = any(names is not None for names in axes)
+    check_canonical(lhs, rhs, dimension_numbers, lhs_q is not None or named, rhs_q is not None or named)
+    for argument, names in zip(("lhs_axes", "out_axes"), axes, strict=True):
+        if names is not None and len(names) != lhs.ndim:
+            raise ValueError(f"{argument}={names} has to name all {lhs.ndim} axes, those that are not shared with None")
     batch_dims = len(dimension_numbers[1][0])
     for side, operand, prepared in (("lhs", lhs, lhs_q), ("rhs", rhs, rhs_q)):
         if prepared is not None:

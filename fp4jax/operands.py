@@ -227,11 +227,36 @@ def _backward_part(
     return _part(rows, split, operand, slot, axis, context, signs)
 
 
-def packed(part: Part | None) -> Part | None:
+def packed(part: Prepared | Part | None) -> Prepared | Part | None:
     """With two 4-bit codes a byte, as it is kept from the forward pass for the backward."""
     return jax.tree.map(
         lambda leaf: leaf.pack() if isinstance(leaf, QTensor) else leaf, part, is_leaf=lambda x: isinstance(x, QTensor)
     )
+
+
+def shared(prepared: Prepared, names: layout.Names | None) -> Prepared:
+    """What is prepared from tokens that devices share, in packed codes, and kept where the tokens are.
+
+    Args:
+      names: of the last axes; under `vmap` there are more token axes in front. None: as it is.
+    """
+    return prepared if names is None else layout.place_all(packed(prepared), _all_axes(prepared, names))
+
+
+def whole(prepared: Prepared | Part, names: layout.Names | None) -> Prepared | Part:
+    """What is `shared`, with all tokens on every device: the codes are gathered.
+
+    Products of one operand each ask for it. XLA then gathers once, if they ask for the same array.
+    """
+    if names is None:
+        return prepared
+    axes = _all_axes(prepared, names)
+    return layout.place_all(packed(prepared), [None if name == "sequence" else name for name in axes])
+
+
+def _all_axes(prepared: Prepared | Part, names: layout.Names) -> layout.Names:
+    rank = jax.tree.leaves(prepared)[0].ndim
+    return (*[None] * (rank - len(names)), *names)
 
 
 def mean_axes(split: MeanSplit, rank: int, batch_dims: int) -> tuple[int, ...]:
@@ -288,7 +313,8 @@ def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
         stats = context.quantizer.column_stats(x, context.batch_dims)
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
-        mean = column_mean(x, axes, row_mask, layout.batch_shards(), layout.on_every_device)
+        shards = layout.batch_shards(), layout.on_every_device, layout.sequence_shards()
+        mean = column_mean(x, axes, row_mask, *shards)
     as_operand = context.quantize(Rows(mean), split.mean, f"mean.{name}", -1)
     center = _made_once(dequantize(as_operand)) if split.center is Center.QUANTIZED_MEAN else mean
     if row_mask is not None:

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
+from fp4jax.layout import Names
 from fp4jax.models import wire
 from fp4jax.models.cache import CachedAttention
 from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate, swiglu
@@ -49,6 +50,8 @@ class Qwen3Config:
       gather_weights: when the devices that share a kernel get all of it: "step" (once, quantized if it is to be, and
         held), "layer" (where a layer needs it) or "auto" (`wire.once_a_step`).
       attention: how attention is computed: "auto", "xla" or "cudnn" (`layers.causal_attention`).
+      sequence_sharding: whether the devices that share a kernel's features (`tensor`) share the sequences of the
+        residual stream (`wire`).
       qk_norm: whether query and key heads are normalized; the architecture's, not to be chosen.
       linears: the linear layers of a block; the architecture's too.
     """
@@ -71,6 +74,7 @@ class Qwen3Config:
     remat: str = "none"
     gather_weights: str = "auto"
     attention: str = "auto"
+    sequence_sharding: bool = False
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -152,6 +156,8 @@ class Block(nnx.Module):
     ):  # fmt: skip
         """One layer. `weights`: prepared kernels by name, or None; `key`, `monitor`: the layer's, or None."""
         c, (batch, length, _) = self.config, x_BxTxD.shape
+        stream = wire.activations(c.sequence_sharding, length)
+        x_BxTxD = wire.placed(x_BxTxD, stream)
         linears = functools.partial(
             self._linears, products=products, weights=weights, key=key, monitor=monitor, row_mask=row_mask
         )
@@ -161,7 +167,7 @@ class Block(nnx.Module):
             q_BxTxNxH, k_BxTxKxH = self.self_attn.q_norm(q_BxTxNxH), self.self_attn.k_norm(k_BxTxKxH)
         mixed = attend(rotate(q_BxTxNxH, rope), rotate(k_BxTxKxH, rope), v_BxTxKxH)
         mixed = mixed.reshape(batch, length, -1)
-        x_BxTxD = x_BxTxD + linears(LINEARS[3:4], mixed)[0]
+        x_BxTxD = wire.placed(x_BxTxD + linears(LINEARS[3:4], mixed)[0], stream)
         return x_BxTxD + self._feed_forward(self.post_attention_layernorm(x_BxTxD), linears, monitor)
 
     def _feed_forward(self, x_BxTxD, linears, monitor: Monitor | None):
@@ -176,27 +182,37 @@ class Block(nnx.Module):
         Leading axes of a kernel count independent matrices (experts), and x has them too; `row_mask`: x's real rows.
         """
         prepared, outputs = {}, []
+        place_of = functools.partial(self._activations, length=x.shape[1])
+        x = wire.placed(x, place_of(names[0], -2))
         for name in names:
             index = self.config.linears.index(name)
             recipe, linear_key = products.recipes[index], _fold(key, index)
             kernel = self.kernel(name)
             batch = tuple(range(kernel.ndim - 2))
+            inputs, results = place_of(name, -2), place_of(name, -1)
             if recipe not in prepared:
-                prepared[recipe] = prepare(
+                ours = prepare(
                     x, recipe, key=linear_key, row_mask=row_mask, batch_dims=len(batch), backend=products.backend,
-                    forward_kept=self.config.remat == "linear_inputs",
+                    forward_kept=self.config.remat == "linear_inputs" or inputs is not None,
                 )  # fmt: skip
+                prepared[recipe] = ours if inputs is None else wire.split(ours, inputs)
             output = dot_general(
                 x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel,
                 (((x.ndim - 1,), (len(batch),)), (batch, batch)),
                 preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
                 rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
                 row_mask=row_mask, probe=None if monitor is None else monitor.probes.get(name),
+                lhs_axes=inputs, out_axes=results,
             )  # fmt: skip
             if monitor is not None and name in monitor.probes:
                 monitor.record(name, x, prepared[recipe], kernel, weights[name], recipe, row_mask)
-            outputs.append(output)
+            outputs.append(wire.placed(output, results))
         return outputs
+
+    def _activations(self, linear: str, axis: int, length: int) -> Names | None:
+        """Names of the axes of a linear layer's input (axis -2 of its kernel) or output (-1): `wire.activations`."""
+        axes = self.kernel_axes(linear)
+        return None if len(axes) > 2 else wire.activations(self.config.sequence_sharding, length, axes[axis])
 
 
 class Qwen3(nnx.Module):
@@ -282,7 +298,11 @@ class Qwen3(nnx.Module):
             recipe; what is returned for them has no meaning.
         """
         c = self.config
+        stream = wire.activations(c.sequence_sharding, tokens_BxT.shape[1])
         x_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0).astype(c.dtype)
+        # The devices have parts of the vocabulary: whole sequences first, or XLA gathers the embedding.
+        whole = wire.activations(c.sequence_sharding, tokens_BxT.shape[1], None)
+        x_BxTxD = wire.placed(wire.placed(x_BxTxD, whole), stream)
         if positions is None:
             length = tokens_BxT.shape[1]
             positions = jnp.arange(length) if cached is None else cached.positions(length)
@@ -291,7 +311,7 @@ class Qwen3(nnx.Module):
         for index, segment in enumerate(self.segments):
             prepared = None if weights is None else weights[index]
             x_BxTxD = self._scan(x_BxTxD, rope, segment, prepared, key, monitor, attend, cached, row_mask)
-        return self.norm(x_BxTxD)
+        return wire.placed(self.norm(x_BxTxD), stream)
 
     def probes(self) -> dict[str, Float32[Array, "L s"]]:
         """Zeros for a `Monitor`: their cotangents are GRADIENT_STATISTICS of every linear layer."""
