@@ -58,7 +58,7 @@ class _Spec:
     precision: object
     quantizer: Quantizer
     short: tuple[int | None, int | None]  # contractions over inputs, outputs that are too short to quantize
-    axes: tuple[Names | None, Names | None]  # names of the axes of X, D where devices share their sequences
+    axes: tuple[Names | None, Names | None]  # names of the axes of X, D where devices share sequences
 
     def with_batch_dims(self, batch_dims: int) -> "_Spec":
         return dataclasses.replace(self, batch_dims=batch_dims)
@@ -80,8 +80,7 @@ def dot_general(
     probe: Float[Array, " statistics"] | None = None,
     backend: str = "auto",
     gemm: str = "auto",
-    lhs_axes: Names | None = None,
-    out_axes: Names | None = None,
+    axes: tuple[Names | None, Names | None] = (None, None),
 ) -> Float[Array, "..."]:
     """`jax.lax.dot_general` of activations and weights under a recipe, differentiable in both.
 
@@ -98,16 +97,14 @@ def dot_general(
       key: a JAX random key, needed where the recipe rounds stochastically: for gradients only when differentiated.
       lhs_q, rhs_q: the operands as `prepare` returns them, to share them between products. The operands themselves must
         then be in canonical layout, and serve to route cotangents only.
-      row_mask: True for real tokens, shaped like lhs without its contracted axes. Other rows do not count in any
-        statistic; their result and gradient are zero.
+      row_mask: True for real tokens, shaped like lhs without its contracted axes. Others count in no statistic.
       probe: zeros of shape [len(GRADIENT_STATISTICS)], float32; its cotangent is the sum of those statistics.
       backend: quantizer: "auto", "xla" or "pallas".  gemm: product: "auto", "native" or "emulated".
-      lhs_axes, out_axes: names of the axes of lhs, and of the result and its gradient, in `fp4jax.layout`, given where
-        one is "sequence": tokens are then prepared where they are, and the copies gathered for the products, in codes.
-        They ask for canonical layout.
+      axes: names (`fp4jax.layout`) of the axes of lhs, and of the result and its gradient, each where one of them is
+        "sequence": tokens are then prepared where they are, and gathered for the products in codes.
 
     Returns:
-      The product with lax's result shape and dtype. Masked rows are zero.
+      The product with lax's result shape and dtype. Masked rows are zero, and so is their gradient.
 
     Under `jax.vmap` over lhs alone the examples are more tokens of one product: they share statistics, and the weight
     gradient is summed inside. Weight gradients of single examples exist only if the weights are mapped too.
@@ -117,19 +114,16 @@ def dot_general(
       NotImplementedError: a backend or product asked for by name that this device cannot serve.
     """
     recipe = as_recipe(recipe)
-    _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe, (lhs_axes, out_axes))
+    _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe, axes)
     quantizer, execution = implementation(backend, gemm)
-    if recipe.is_high_precision and all(a is None for a in (lhs_q, rhs_q, row_mask, probe, lhs_axes, out_axes)):
+    if recipe.is_high_precision and all(a is None for a in (lhs_q, rhs_q, row_mask, probe, *axes)):
         asked = (dimension_numbers, precision, preferred_element_type)
         with scopes.of_recipe(recipe.name):
             return lax.dot_general(lhs, rhs, *asked, out_sharding=out_sharding)
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
-    precision = tuple(precision) if isinstance(precision, list) else precision
-    static = (dimension_numbers, recipe, result.dtype, precision, quantizer, execution, (lhs_axes, out_axes))
-    product = functools.partial(_product, *static)
-    words = None if key is None else key_words(key)
-    arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
-    return with_auto_axes(product, explicit_mesh(lhs, rhs), result.sharding)(*arrays)
+    run = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, execution, axes)
+    arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, None if key is None else key_words(key), row_mask, probe)
+    return with_auto_axes(run, explicit_mesh(lhs, rhs), result.sharding)(*arrays)
 
 
 def prepare(
@@ -195,6 +189,7 @@ def _product(
     lhs, rhs, lhs_q, rhs_q, words, row_mask, probe,
 ):  # fmt: skip
     """`dot_general` after its checks, under Auto axes: static arguments first, then arrays."""
+    precision = tuple(precision) if isinstance(precision, list) else precision
     x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
     asked, recipe = recipe, _for_contractions(recipe, x.shape[-1], w.shape[-1])
     short = tuple(size if size < _MIN_CONTRACTION and recipe != asked else None for size in (x.shape[-1], w.shape[-1]))
@@ -202,9 +197,8 @@ def _product(
     mask = None if row_mask is None else layout.row_mask(row_mask)
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
     new_x, new_w = _prepare(recipe, spec.batch_dims, quantizer, raw_x, raw_w, words, mask)
-    return layout.restore(
-        _differentiable(spec)(x, w, lhs_q or shared(new_x, axes[0]), rhs_q or new_w, words, mask, probe)
-    )
+    xq, wq = lhs_q or shared(new_x, axes[0]), rhs_q or new_w
+    return layout.restore(_differentiable(spec)(x, w, xq, wq, words, mask, probe))
 
 
 def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words, mask):
@@ -383,9 +377,9 @@ def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe, a
     check_operands(lhs, rhs, dimension_numbers, row_mask)
     named = any(names is not None for names in axes)
     check_canonical(lhs, rhs, dimension_numbers, lhs_q is not None or named, rhs_q is not None or named)
-    for argument, names in zip(("lhs_axes", "out_axes"), axes, strict=True):
+    for names in axes:
         if names is not None and len(names) != lhs.ndim:
-            raise ValueError(f"{argument}={names} has to name all {lhs.ndim} axes, those that are not shared with None")
+            raise ValueError(f"axes must name all {lhs.ndim} axes, those that are not shared None: got {names}")
     batch_dims = len(dimension_numbers[1][0])
     for side, operand, prepared in (("lhs", lhs, lhs_q), ("rhs", rhs, rhs_q)):
         if prepared is not None:

@@ -88,6 +88,11 @@ def place_all[Tree](tree: Tree, names: Sequence[str | None]) -> Tree:
     return jax.tree.map(lambda leaf: placed[id(leaf)], tree)
 
 
+def whole_along(names: Names, axis: str) -> Names:
+    """The same names for an array whose axis of that name is whole on every device."""
+    return tuple(None if name == axis else name for name in names)
+
+
 def batch_shards() -> int:
     """How many devices share a batch on the ambient mesh, as far as the compiler shards it."""
     return _devices(BATCH_AXES)

@@ -250,8 +250,7 @@ def whole(prepared: Prepared | Part, names: layout.Names | None) -> Prepared | P
     """
     if names is None:
         return prepared
-    axes = _all_axes(prepared, names)
-    return layout.place_all(packed(prepared), [None if name == "sequence" else name for name in axes])
+    return layout.place_all(packed(prepared), _all_axes(prepared, layout.whole_along(names, "sequence")))
 
 
 def _all_axes(prepared: Prepared | Part, names: layout.Names) -> layout.Names:

@@ -202,7 +202,7 @@ class Block(nnx.Module):
                 preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
                 rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
                 row_mask=row_mask, probe=None if monitor is None else monitor.probes.get(name),
-                lhs_axes=inputs, out_axes=results,
+                axes=(inputs, results),
             )  # fmt: skip
             if monitor is not None and name in monitor.probes:
                 monitor.record(name, x, prepared[recipe], kernel, weights[name], recipe, row_mask)

@@ -37,7 +37,7 @@ def split(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
 def gathered(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
     """What was prepared from a kernel, on every device that multiplies with it; split along `tensor` and by experts."""
     # Split first: the compiler then gathers exactly here, the bytes, and not the wider integers they are packed from.
-    return layout.place_all(split(prepared, axes), tuple(None if axis == _STREAM else axis for axis in axes))
+    return layout.place_all(split(prepared, axes), layout.whole_along(axes, _STREAM))
 
 
 def activations(asked: bool, length: int, features: str | None = _STREAM) -> Names | None:
