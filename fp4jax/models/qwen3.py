@@ -189,20 +189,21 @@ class Block(nnx.Module):
             recipe, linear_key = products.recipes[index], _fold(key, index)
             kernel = self.kernel(name)
             batch = tuple(range(kernel.ndim - 2))
-            inputs, results = place_of(name, -2), place_of(name, -1)
+            results = place_of(name, -1)
+            shared = wire.shared(place_of(name, -2)), wire.shared(results)
             if recipe not in prepared:
                 ours = prepare(
                     x, recipe, key=linear_key, row_mask=row_mask, batch_dims=len(batch), backend=products.backend,
-                    forward_kept=self.config.remat == "linear_inputs" or inputs is not None,
+                    forward_kept=self.config.remat == "linear_inputs" or shared[0] is not None,
                 )  # fmt: skip
-                prepared[recipe] = ours if inputs is None else wire.split(ours, inputs)
+                prepared[recipe] = ours if shared[0] is None else wire.split(ours, shared[0])
             output = dot_general(
                 x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel,
                 (((x.ndim - 1,), (len(batch),)), (batch, batch)),
                 preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
                 rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
                 row_mask=row_mask, probe=None if monitor is None else monitor.probes.get(name),
-                axes=(inputs, results),
+                axes=shared,
             )  # fmt: skip
             if monitor is not None and name in monitor.probes:
                 monitor.record(name, x, prepared[recipe], kernel, weights[name], recipe, row_mask)

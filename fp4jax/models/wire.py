@@ -56,6 +56,11 @@ def activations(asked: bool, length: int, features: str | None = _STREAM) -> Nam
     return ("batch", "sequence", None) if features == _STREAM else ("batch", None, features)
 
 
+def shared(axes: Names | None) -> Names | None:
+    """The same for activations whose sequences the devices share; None for others."""
+    return axes if axes is not None and "sequence" in axes else None
+
+
 def placed(x: Float[Array, "..."], axes: Names | None) -> Float[Array, "..."]:
     """`x` where `activations` says, and its gradient."""
     return x if axes is None else place(x, axes)
