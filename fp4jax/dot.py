@@ -136,6 +136,7 @@ def prepare(
     batch_dims: int = 0,
     backend: str = "auto",
     forward_kept: bool = True,
+    axes: Names | None = None,
 ) -> Prepared:
     """Quantizes an operand once for several products; no gradient flows through it.
 
@@ -150,6 +151,7 @@ def prepare(
       key, row_mask, backend: as in `dot_general`. Give every product of one layer the same key.
       forward_kept: False where activations' copy for the forward product is used in the program that makes it and not
         kept beyond, as under `jax.checkpoint` with LINEAR_INPUTS: it is then not packed, which is faster on CPUs.
+      axes: names of x's axes, if the products are given them: the copies are packed, and stay where the names say.
 
     Returns:
       What `dot_general` takes as `lhs_q` or `rhs_q`, under the same recipe.
@@ -169,7 +171,7 @@ def prepare(
         pair = (x, None) if is_lhs else (None, x)
         prepared = _prepare(fitting, batch_dims, quantizer, *pair, words, row_mask)[0 if is_lhs else 1]
         forward = prepared.forward if is_lhs and not forward_kept else packed(prepared.forward)
-        return Prepared(forward, packed(prepared.backward))
+        return shared(Prepared(forward, packed(prepared.backward)), axes)
 
     args = (x, None if key is None else key_words(key), row_mask)
     mesh = explicit_mesh(x)

@@ -36,7 +36,7 @@ def tensors():
 
 def results(x, w, d, axes, prepared):
     """(Y, dX, dW)"""
-    given = {"lhs_q": prepare(x, RECIPE, key=KEY)} if prepared else {}
+    given = {"lhs_q": prepare(x, RECIPE, key=KEY, axes=axes[0])} if prepared else {}
     dot = functools.partial(
         dot_general, dimension_numbers=DIMENSION_NUMBERS, recipe=RECIPE, key=KEY, axes=axes, **given
     )

@@ -192,11 +192,10 @@ class Block(nnx.Module):
             results = place_of(name, -1)
             shared = wire.shared(place_of(name, -2)), wire.shared(results)
             if recipe not in prepared:
-                ours = prepare(
+                prepared[recipe] = prepare(
                     x, recipe, key=linear_key, row_mask=row_mask, batch_dims=len(batch), backend=products.backend,
-                    forward_kept=self.config.remat == "linear_inputs" or shared[0] is not None,
+                    forward_kept=self.config.remat == "linear_inputs", axes=shared[0],
                 )  # fmt: skip
-                prepared[recipe] = ours if shared[0] is None else wire.split(ours, shared[0])
             output = dot_general(
                 x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel,
                 (((x.ndim - 1,), (len(batch),)), (batch, batch)),
