@@ -3,10 +3,10 @@
     PYTHONPATH=. python experiments/layouts.py --out=results/layouts/layouts.json [--recipes=bf16,nvfp4] [--steps=20]
 
 Eight CPU devices, a Qwen3 of two layers and 0.4 million parameters and a Qwen3-MoE of its size, sequences of 64 tokens,
-batches of 8, float32 activations. For every recipe, on one device and on every mesh: the first step from the same state
-(loss, gradients), and the losses of STEPS steps. Rounding is discontinuous, so runs in FP4 part after a few steps
-whatever the layout: the yardstick is the envelope of five runs on one device whose embedding was moved by one ulp, each
-in another direction.
+batches of 8, float32 activations; meshes called "sequence" shard sequences over `tensor`, too. For every recipe, on one
+device and on every mesh: the first step from the same state (loss, gradients), and the losses of STEPS steps. Rounding
+is discontinuous, so runs in FP4 part after a few steps whatever the layout: the yardstick is the envelope of five runs
+on one device whose embedding was moved by one ulp, each in another direction.
 """
 
 import json
@@ -35,9 +35,16 @@ MESHES = {
     "qwen3": {
         "data": mesh_of(data=8), "fsdp": mesh_of(fsdp=8), "tensor": mesh_of(tensor=8),
         "mixed": mesh_of(data=2, fsdp=2, tensor=2),
+        "sequence": mesh_of(data=2, tensor=4), "sequence mixed": mesh_of(data=2, fsdp=2, tensor=2),
     },
-    "qwen3_moe": {"expert": mesh_of(expert=4), "mixed": mesh_of(fsdp=2, expert=2, tensor=2)},
+    "qwen3_moe": {
+        "expert": mesh_of(expert=4), "mixed": mesh_of(fsdp=2, expert=2, tensor=2),
+        "sequence mixed": mesh_of(fsdp=2, expert=2, tensor=2),
+    },
 }  # fmt: skip
+SHARDED_SEQUENCES = ("sequence", "sequence mixed")
+"""The names of those under `model.sequence_sharding`."""
+
 OF_EXPERTS = ("averis",)
 PERTURBED = 5
 
@@ -71,9 +78,9 @@ def batches(config: ml_collections.ConfigDict, steps: int) -> list[dict[str, np.
 class Layout:
     """The compiled programs of one configuration on one mesh."""
 
-    def __init__(self, config: ml_collections.ConfigDict, sizes: dict[str, int]):
+    def __init__(self, config: ml_collections.ConfigDict, sizes: dict[str, int], sequences: bool = False):
         config = config.copy_and_resolve_references()
-        config.mesh = sizes
+        config.mesh, config.model.sequence_sharding = sizes, sequences
         validate(config, DEVICES)
         self.config, self.mesh, self.template = config, make_mesh(sizes), model_template(config)
         self.optimizer = make_optimizer(config, self.template.logical_axes)
@@ -135,7 +142,7 @@ def measure(model: str, recipe: str, steps: int) -> dict:
         found["perturbed"] = perturbed
         found["envelope"] = max(distance(run, reference) for run in perturbed)
     for name, sizes in MESHES[model].items():
-        layout = Layout(config, sizes)
+        layout = Layout(config, sizes, name in SHARDED_SEQUENCES)
         losses, mesh_gradients = layout.run(data)
         worst = max(
             float(np.linalg.norm(mesh_gradients[k] - gradients[k]) / np.linalg.norm(gradients[k])) for k in gradients

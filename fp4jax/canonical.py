@@ -107,9 +107,11 @@ def check_canonical(lhs, rhs, dimension_numbers, lhs_given: bool, rhs_given: boo
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = _as_tuples(dimension_numbers, lhs.ndim, rhs.ndim)
     batch = tuple(range(len(lhs_batch)))
     if lhs_given and (lhs_contract, lhs_batch) != ((lhs.ndim - 1,), batch):
-        raise ValueError(f"with lhs_q, lhs must be [*batch, *tokens, K] contracted over its last axis: {lhs.shape}")
+        raise ValueError(
+            f"with lhs_q or axes, lhs must be [*batch, *tokens, K] contracted over its last axis: {lhs.shape}"
+        )
     if rhs_given and ((rhs_contract, rhs_batch) != ((len(batch),), batch) or rhs.ndim != len(batch) + 2):
-        raise ValueError(f"with rhs_q, rhs must be [*batch, K, N] contracted over K, got shape {rhs.shape}")
+        raise ValueError(f"with rhs_q or axes, rhs must be [*batch, K, N] contracted over K, got shape {rhs.shape}")
 
 
 def _as_tuples(dimension_numbers, lhs_rank, rhs_rank):

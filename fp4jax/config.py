@@ -74,7 +74,8 @@ def _model() -> dict:
     `intermediate_size` is then an expert's. `dtype` is the activations' (parameters are float32), `remat` what the
     backward recomputes, `gather_weights` when the devices that share a kernel get all of it: "step" (once, and held),
     "layer" (where one needs it) or "auto" (once what is quantized); `attention`: "auto", "xla" or "cudnn" (flash
-    attention; auto takes it on NVIDIA GPUs).
+    attention; auto takes it on NVIDIA GPUs); `sequence_sharding`: devices along `mesh.tensor` share the sequences of
+    the residual stream, and the inputs of linear layers travel between them in codes (docs/clusters.md).
     """
     return {
         "name": "qwen3",
@@ -93,6 +94,7 @@ def _model() -> dict:
         "remat": "none",
         "gather_weights": "auto",
         "attention": "auto",
+        "sequence_sharding": False,
         "moe": _moe(),
     }
 

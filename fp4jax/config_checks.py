@@ -14,6 +14,9 @@ from fp4jax.config import MOE_MODEL, ConfigError, check_key, default_config, fla
 SEQUENCE_BLOCK = 16
 """The weight gradient's blocks run along the sequence: 16 tokens share a scale."""
 
+MOST_STRETCHES = 64
+"""`numerics.splits` adds a sequence up in so many stretches at most, each on one device."""
+
 BACKENDS = ("auto", "xla", "pallas")
 GEMMS = ("auto", "native", "emulated")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
@@ -25,7 +28,7 @@ ON_NONFINITE = ("stop", "skip", "rollback")
 MAY_CHANGE = (
     *("steps", "log", "health", "checkpoint", "evaluation", "backend", "gemm", "mesh"),
     *("on_nonfinite", "divergence", "watchdog", "data.prefetch", "data.max_bad_fraction", "model.remat"),
-    *("model.attention", "model.gather_weights"),
+    *("model.attention", "model.gather_weights", "model.sequence_sharding"),
 )
 """Keys and groups that may change when a run goes on: they decide how long, where, how fast it computes, not what."""
 
@@ -172,9 +175,29 @@ def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> 
     for size in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
         _check_divides(config.model, size, sizes, ("tensor",))
     _check_divides(config.model, "hidden_size", sizes, ("fsdp", "expert"))
+    if config.model.sequence_sharding:
+        _check_sequence(config.seq_len, sizes["tensor"])
     if config.backend == "pallas":
         _check_whole_blocks(config.model, "intermediate_size", sizes, ("tensor",))
         _check_whole_blocks(config.model, "hidden_size", sizes, ("fsdp", "expert"))
+
+
+def _check_sequence(seq_len: int, devices: int) -> None:
+    """Whether devices along `tensor` can share a sequence: in whole blocks, and in stretches whose sums a mean adds."""
+    if devices & (devices - 1) or devices > MOST_STRETCHES:
+        below = min(1 << (devices.bit_length() - 1), MOST_STRETCHES)
+        raise ConfigError(
+            f"mesh.tensor={devices}: with model.sequence_sharding a power of two of devices, {MOST_STRETCHES} at most, "
+            f"share a sequence; use mesh.tensor={below} or model.sequence_sharding=False"
+        )
+    unit = SEQUENCE_BLOCK * devices
+    if seq_len % unit:
+        below = seq_len // unit * unit
+        choices = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ConfigError(
+            f"seq_len={seq_len} is not a multiple of {unit}, a block of {SEQUENCE_BLOCK} tokens for each of "
+            f"mesh.tensor={devices} with model.sequence_sharding; use seq_len={choices} or a smaller mesh.tensor"
+        )
 
 
 def _check_divides(model: ml_collections.ConfigDict, size: str, sizes: Mapping[str, int], axes: Sequence[str]) -> None:

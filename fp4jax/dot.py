@@ -25,14 +25,16 @@ from jaxtyping import Array, Bool, Float
 from fp4jax import gemm as gemms
 from fp4jax import scopes
 from fp4jax.batching import once_differentiable, vary_alike, vmappable
-from fp4jax.canonical import canonicalize, check_canonical, check_operands, check_row_mask, result_type
+from fp4jax.canonical import canonicalize, result_type
+from fp4jax.dot_checks import SIDES, check_preparable, check_product
 from fp4jax.explicit import explicit_mesh, specs_like, with_auto_axes
+from fp4jax.layout import Names
 from fp4jax.numerics import key_words, mask_rows
-from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, packed, prepare_tokens, prepare_weights
+from fp4jax.operands import D_SLOTS, X_SLOTS, Prepared, Purpose, packed, prepare_tokens, prepare_weights, shared, whole
 from fp4jax.quantizers import Quantizer, best, by_kernels, by_xla
 from fp4jax.recipes import Gemm, Recipe, as_recipe
-from fp4jax.shards import in_shards, shape_in_shards
-from fp4jax.statistics import GRADIENT_STATISTICS, gradient_statistics
+from fp4jax.shards import in_shards
+from fp4jax.statistics import gradient_statistics
 
 # Name of prepared activations for `jax.checkpoint_policies.save_only_these_names`.
 LINEAR_INPUTS = "fp4jax_linear_inputs"
@@ -58,6 +60,7 @@ class _Spec:
     precision: object
     quantizer: Quantizer
     short: tuple[int | None, int | None]  # contractions over inputs, outputs that are too short to quantize
+    axes: tuple[Names | None, Names | None]  # names of the axes of X, D where devices share sequences
 
     def with_batch_dims(self, batch_dims: int) -> "_Spec":
         return dataclasses.replace(self, batch_dims=batch_dims)
@@ -79,6 +82,7 @@ def dot_general(
     probe: Float[Array, " statistics"] | None = None,
     backend: str = "auto",
     gemm: str = "auto",
+    axes: tuple[Names | None, Names | None] = (None, None),
 ) -> Float[Array, "..."]:
     """`jax.lax.dot_general` of activations and weights under a recipe, differentiable in both.
 
@@ -95,13 +99,14 @@ def dot_general(
       key: a JAX random key, needed where the recipe rounds stochastically: for gradients only when differentiated.
       lhs_q, rhs_q: the operands as `prepare` returns them, to share them between products. The operands themselves must
         then be in canonical layout, and serve to route cotangents only.
-      row_mask: True for real tokens, shaped like lhs without its contracted axes. Other rows do not count in any
-        statistic; their result and gradient are zero.
+      row_mask: True for real tokens, shaped like lhs without its contracted axes. Others count in no statistic.
       probe: zeros of shape [len(GRADIENT_STATISTICS)], float32; its cotangent is the sum of those statistics.
       backend: quantizer: "auto", "xla" or "pallas".  gemm: product: "auto", "native" or "emulated".
+      axes: names (`fp4jax.layout`) of the axes of lhs, and of the result and its gradient, each where one of them is
+        "sequence": tokens are then prepared where they are, and gathered for the products in codes.
 
     Returns:
-      The product with lax's result shape and dtype. Masked rows are zero.
+      The product with lax's result shape and dtype. Masked rows are zero, and so is their gradient.
 
     Under `jax.vmap` over lhs alone the examples are more tokens of one product: they share statistics, and the weight
     gradient is summed inside. Weight gradients of single examples exist only if the weights are mapped too.
@@ -111,18 +116,16 @@ def dot_general(
       NotImplementedError: a backend or product asked for by name that this device cannot serve.
     """
     recipe = as_recipe(recipe)
-    _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe)
+    check_product(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe, axes)
     quantizer, execution = implementation(backend, gemm)
-    if recipe.is_high_precision and lhs_q is None and rhs_q is None and row_mask is None and probe is None:
+    if recipe.is_high_precision and all(a is None for a in (lhs_q, rhs_q, row_mask, probe, *axes)):
         asked = (dimension_numbers, precision, preferred_element_type)
         with scopes.of_recipe(recipe.name):
             return lax.dot_general(lhs, rhs, *asked, out_sharding=out_sharding)
     result = result_type(lhs, rhs, dimension_numbers, preferred_element_type, out_sharding)
-    precision = tuple(precision) if isinstance(precision, list) else precision
-    product = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, execution)
-    words = None if key is None else key_words(key)
-    arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, words, row_mask, probe)
-    return with_auto_axes(product, explicit_mesh(lhs, rhs), result.sharding)(*arrays)
+    run = functools.partial(_product, dimension_numbers, recipe, result.dtype, precision, quantizer, execution, axes)
+    arrays = vary_alike(lhs, rhs, lhs_q, rhs_q, None if key is None else key_words(key), row_mask, probe)
+    return with_auto_axes(run, explicit_mesh(lhs, rhs), result.sharding)(*arrays)
 
 
 def prepare(
@@ -135,6 +138,7 @@ def prepare(
     batch_dims: int = 0,
     backend: str = "auto",
     forward_kept: bool = True,
+    axes: Names | None = None,
 ) -> Prepared:
     """Quantizes an operand once for several products; no gradient flows through it.
 
@@ -149,6 +153,7 @@ def prepare(
       key, row_mask, backend: as in `dot_general`. Give every product of one layer the same key.
       forward_kept: False where activations' copy for the forward product is used in the program that makes it and not
         kept beyond, as under `jax.checkpoint` with LINEAR_INPUTS: it is then not packed, which is faster on CPUs.
+      axes: names of x's axes, if the products are given them: the copies are packed, and stay where the names say.
 
     Returns:
       What `dot_general` takes as `lhs_q` or `rhs_q`, under the same recipe.
@@ -157,10 +162,8 @@ def prepare(
       ValueError: an unknown side or recipe, a non-floating or empty array, too few axes, a missing key.
     """
     recipe = as_recipe(recipe)
-    if side not in _SIDES:
-        raise ValueError(f"side must be 'lhs' (activations) or 'rhs' (weights), got {side!r}")
-    is_lhs = _SIDES[side]
-    _check_preparable(x, is_lhs, row_mask, batch_dims)
+    check_preparable(x, side, row_mask, batch_dims, recipe, axes)
+    is_lhs = SIDES[side]
     quantizer, _ = implementation(backend, "auto")
     fitting = _for_contractions(recipe, *(x.shape[-1], _MIN_CONTRACTION) if is_lhs else x.shape[-2:])
 
@@ -170,7 +173,7 @@ def prepare(
         pair = (x, None) if is_lhs else (None, x)
         prepared = _prepare(fitting, batch_dims, quantizer, *pair, words, row_mask)[0 if is_lhs else 1]
         forward = prepared.forward if is_lhs and not forward_kept else packed(prepared.forward)
-        return Prepared(forward, packed(prepared.backward))
+        return shared(Prepared(forward, packed(prepared.backward)), axes)
 
     args = (x, None if key is None else key_words(key), row_mask)
     mesh = explicit_mesh(x)
@@ -187,17 +190,20 @@ def prepare(
 
 
 def _product(
-    dimension_numbers, recipe, dtype, precision, quantizer, execution, lhs, rhs, lhs_q, rhs_q, words, row_mask, probe
-):
+    dimension_numbers, recipe, dtype, precision, quantizer, execution, axes,
+    lhs, rhs, lhs_q, rhs_q, words, row_mask, probe,
+):  # fmt: skip
     """`dot_general` after its checks, under Auto axes: static arguments first, then arrays."""
+    precision = tuple(precision) if isinstance(precision, list) else precision
     x, w, layout = canonicalize(lhs, rhs, dimension_numbers)
     asked, recipe = recipe, _for_contractions(recipe, x.shape[-1], w.shape[-1])
     short = tuple(size if size < _MIN_CONTRACTION and recipe != asked else None for size in (x.shape[-1], w.shape[-1]))
-    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, execution, precision, quantizer, short)
+    spec = _Spec(recipe, layout.batch_dims, dtype, x.dtype, w.dtype, execution, precision, quantizer, short, axes)
     x, mask = _in_shards(x, None if row_mask is None else layout.row_mask(row_mask), recipe, layout.batch_dims)
     raw_x, raw_w = x if lhs_q is None else None, w if rhs_q is None else None
     new_x, new_w = _prepare(recipe, spec.batch_dims, quantizer, raw_x, raw_w, words, mask)
-    return layout.restore(_differentiable(spec)(x, w, lhs_q or new_x, rhs_q or new_w, words, mask, probe))
+    xq, wq = lhs_q or shared(new_x, axes[0]), rhs_q or new_w
+    return layout.restore(_differentiable(spec)(x, w, xq, wq, words, mask, probe))
 
 
 def _in_shards(x, row_mask, recipe: Recipe, batch_dims: int):
@@ -218,9 +224,12 @@ def _prepare(recipe: Recipe, batch_dims: int, quantizer: Quantizer, x, w, words,
 def _differentiable(spec: _Spec):
     """The custom VJP of one static specification."""
 
+    def product(xq, wq, mask):
+        return _fprop(spec)((), wq.forward, whole(xq.forward, spec.axes[0]), None, mask)[0]
+
     @jax.custom_vjp
     def dot(x, w, xq, wq, words, mask, probe):
-        return _fprop(spec)((), wq.forward, xq.forward, None, mask)[0]
+        return product(xq, wq, mask)
 
     def forward(x, w, xq, wq, words, mask, probe):
         once_differentiable(x, w)
@@ -232,12 +241,12 @@ def _differentiable(spec: _Spec):
         for side, operand in (("lhs", xq), ("rhs", wq)):
             if operand.backward is None:
                 raise ValueError(f"{side}_q was prepared without a key, which its copy for the backward needs")
-        (y,) = _fprop(spec)((), wq.forward, xq.forward, None, mask)
-        return y, (packed(xq.backward), packed(wq.backward), words, mask, probe)
+        return product(xq, wq, mask), (packed(xq.backward), packed(wq.backward), words, mask, probe)
 
     def backward(residuals, d):
         once_differentiable(d)
         x, w, words, mask, probe = residuals
+        x = whole(x, spec.axes[0])
         dx, dw, statistics = _dgrad_and_wgrad(spec, probe is not None)(d, w, x, words, mask)
         if statistics is not None:
             statistics = statistics.reshape(-1, statistics.shape[-1]).sum(0)
@@ -291,6 +300,7 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
             dq = prepare_tokens(
                 d, recipe, D_SLOTS, batch_dims + shard_axes, words, mask, spec.quantizer, partners=(w, x)
             )
+            dq = whole(shared(dq, spec.axes[1]), spec.axes[1])
         how = (spec.execution, spec.precision, mask)
 
         def contract(x, d_part):
@@ -354,47 +364,3 @@ def _report_implementation(quantizer: str, execution: gemms.Execution) -> None:
 
 _QUANTIZERS = {"auto": best, "xla": by_xla, "pallas": by_kernels}
 _PRODUCTS = {"auto": gemms.best, "emulated": gemms.emulated, "native": gemms.native_or_error}
-_SIDES = {"lhs": True, "rhs": False}
-
-
-def _check_preparable(x, is_lhs: bool, row_mask, batch_dims: int) -> None:
-    if x.ndim < batch_dims + 2 or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"prepare takes a non-empty floating array of >= {batch_dims + 2} axes, got {x.dtype}{x.shape}"
-        )
-    if not is_lhs and (row_mask is not None or x.ndim != batch_dims + 2):
-        raise ValueError(
-            f"weights are [*batch, K, N] and have no row mask: got shape {x.shape}, batch_dims={batch_dims}"
-        )
-    if row_mask is not None:
-        check_row_mask(row_mask, x.shape[:-1])
-
-
-def _check_prepared(name: str, operand, prepared, needed: Purpose) -> None:
-    if not isinstance(prepared, Prepared) or prepared.purpose is None:
-        raise ValueError(f"{name} must come from fp4jax.prepare, got {type(prepared).__name__}")
-    for field in dataclasses.fields(Purpose):
-        was, now = getattr(prepared.purpose, field.name), getattr(needed, field.name)
-        if was != now:
-            was, now = (getattr(value, "name", value) for value in (was, now))
-            raise ValueError(f"{name} was prepared for {field.name} {was}, this product has {now}: prepare it for that")
-    shape = operand.shape
-    if _SIDES[needed.side]:
-        shape = shape_in_shards(shape, needed.recipe, needed.batch_dims)
-    if prepared.forward.residual.shape != shape:
-        raise ValueError(f"{name} was prepared from shape {prepared.forward.residual.shape}, this product has {shape}")
-
-
-def _check(lhs, rhs, dimension_numbers, recipe, lhs_q, rhs_q, row_mask, probe) -> None:
-    check_operands(lhs, rhs, dimension_numbers, row_mask)
-    check_canonical(lhs, rhs, dimension_numbers, lhs_q is not None, rhs_q is not None)
-    batch_dims = len(dimension_numbers[1][0])
-    for side, operand, prepared in (("lhs", lhs, lhs_q), ("rhs", rhs, rhs_q)):
-        if prepared is not None:
-            masked = _SIDES[side] and row_mask is not None
-            _check_prepared(f"{side}_q", operand, prepared, Purpose(recipe, side, batch_dims, masked))
-    if probe is not None and (probe.shape != (len(GRADIENT_STATISTICS),) or probe.dtype != jnp.float32):
-        raise ValueError(
-            f"probe must be float32[{len(GRADIENT_STATISTICS)}] (fp4jax.GRADIENT_STATISTICS), "
-            f"got {probe.dtype}{list(probe.shape)}"
-        )

@@ -27,9 +27,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fp4jax import hardware, native, scopes
+from fp4jax.column_sums import column_sums
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.numerics.blocks import Shape
-from fp4jax.operands import Part, column_sums, dequantize, low_rank_factors_of, mean_axes
+from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
 from fp4jax.recipes import Recipe
 
 _log = logging.getLogger("fp4jax")

@@ -2,7 +2,7 @@
 
 `data` replicates the parameters and splits the batch; `fsdp` splits the batch and the parameters (ZeRO-3); `expert`
 splits the batch, the experts, and the other parameters further than `fsdp` does; `tensor` splits heads, MLP width and
-vocabulary.
+vocabulary and, where sequences are sharded, the tokens of the activations in between.
 """
 
 import math
@@ -15,6 +15,9 @@ from jaxtyping import Array
 
 from fp4jax.axes import BATCH_AXES, MESH_AXES
 
+Names = tuple[str | None, ...]
+"""Of the axes of an array: those of LOGICAL_AXES, None for one that is whole on every device."""
+
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # Of parameters, by the names in their NNX metadata.
     "embed": ("fsdp", "expert"),
@@ -26,6 +29,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     # Of activations.
     "batch": BATCH_AXES,
+    "sequence": ("tensor",),
     "slots": ("data", "fsdp"),
 }
 """Name of an array's axis to the mesh axes that shard it."""
@@ -75,15 +79,38 @@ def place(x: Array, names: Sequence[str | None], blocks: Sequence[int] | None = 
     return lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def place_all[Tree](tree: Tree, names: Sequence[str | None]) -> Tree:
+    """`place` for every array of a tree, all of which have these axes, of any sizes; one there twice is placed once."""
+    placed: dict[int, Array] = {}
+    for leaf in jax.tree.leaves(tree):
+        if id(leaf) not in placed:
+            placed[id(leaf)] = place(leaf, names)
+    return jax.tree.map(lambda leaf: placed[id(leaf)], tree)
+
+
+def whole_along(names: Names, axis: str) -> Names:
+    """The same names for an array whose axis of that name is whole on every device."""
+    return tuple(None if name == axis else name for name in names)
+
+
 def batch_shards() -> int:
     """How many devices share a batch on the ambient mesh, as far as the compiler shards it."""
+    return _devices(BATCH_AXES)
+
+
+def sequence_shards() -> int:
+    """How many devices share a sequence likewise, where sequences are sharded."""
+    return _devices(LOGICAL_AXES["sequence"])
+
+
+def _devices(axes: Sequence[str]) -> int:
     sizes = auto_axes()
-    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def on_every_device(rows: Array) -> Array:
     """Rows [..., rows, features], all of them on every device that has their features."""
-    if batch_shards() == 1:
+    if batch_shards() * sequence_shards() == 1:
         return rows
     free = PartitionSpec.UNCONSTRAINED
     return lax.with_sharding_constraint(rows, PartitionSpec(*[free] * (rows.ndim - 2), None, free))

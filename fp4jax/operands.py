@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from fp4jax import hardware, layout
+from fp4jax import layout
 from fp4jax.numerics import (
     QTensor,
     Rounding,
@@ -227,11 +227,35 @@ def _backward_part(
     return _part(rows, split, operand, slot, axis, context, signs)
 
 
-def packed(part: Part | None) -> Part | None:
+def packed(part: Prepared | Part | None) -> Prepared | Part | None:
     """With two 4-bit codes a byte, as it is kept from the forward pass for the backward."""
     return jax.tree.map(
         lambda leaf: leaf.pack() if isinstance(leaf, QTensor) else leaf, part, is_leaf=lambda x: isinstance(x, QTensor)
     )
+
+
+def shared(prepared: Prepared, names: layout.Names | None) -> Prepared:
+    """What is prepared from tokens that devices share, in packed codes, and kept where the tokens are.
+
+    Args:
+      names: of the last axes; under `vmap` there are more token axes in front. None: as it is.
+    """
+    return prepared if names is None else layout.place_all(packed(prepared), _all_axes(prepared, names))
+
+
+def whole(prepared: Prepared | Part, names: layout.Names | None) -> Prepared | Part:
+    """What is `shared`, with all tokens on every device: the codes are gathered.
+
+    Products of one operand each ask for it. XLA then gathers once, if they ask for the same array.
+    """
+    if names is None:
+        return prepared
+    return layout.place_all(packed(prepared), _all_axes(prepared, layout.whole_along(names, "sequence")))
+
+
+def _all_axes(prepared: Prepared | Part, names: layout.Names) -> layout.Names:
+    rank = jax.tree.leaves(prepared)[0].ndim
+    return (*[None] * (rank - len(names)), *names)
 
 
 def mean_axes(split: MeanSplit, rank: int, batch_dims: int) -> tuple[int, ...]:
@@ -244,46 +268,10 @@ def dequantize(value: QTensor | Array) -> Float32[Array, "..."]:
     return value.dequantize() if isinstance(value, QTensor) else value.astype(jnp.float32)
 
 
-def column_sums(part: Part, axes: tuple[int, ...], batch_dims: int, is_lhs: bool) -> Float32[Array, "..."]:
-    """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
-
-    is_lhs: the residual is the lhs of the weight gradient.
-    """
-    value = part.residual
-    if part.sums is not None:
-        return part.sums
-    if not _sums_as_product(value, axes, batch_dims):
-        sums = jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
-        # Behind a barrier: XLA:CPU would sum within the product that needs the sums, where it is slower.
-        return lax.optimization_barrier(sums)
-    values = value.values(hardware.emulation_dtype())
-    ones = jnp.ones((*values.shape[:-1], hardware.CPU_ROWS), values.dtype)
-    over = ((axes, axes), (tuple(range(batch_dims)),) * 2)
-    sums = lax.dot_general(*((values, ones) if is_lhs else (ones, values)), over, preferred_element_type=jnp.float32)
-    sums = lax.index_in_dim(sums, 0, axis=-1 if is_lhs else -2, keepdims=False)
-    return sums.reshape(*values.shape[:batch_dims], *[1] * len(axes), -1) * value.tensor_scale
-
-
-def _sums_as_product(value: QTensor | Array, axes: tuple[int, ...], batch_dims: int) -> bool:
-    """Whether the sums are taken by a product with ones, from the very array that the weight gradient multiplies.
-
-    XLA:CPU makes that array in the two axes that its products have, and for a sum over more axes once more, quantizing
-    everything again. Over a single one the sum reads the same array.
-    """
-    return (
-        hardware.current().is_cpu
-        and isinstance(value, QTensor)
-        and value.tensor_scale is not None
-        and all(size == 1 for size in value.tensor_scale.shape[batch_dims:])
-        and axes == tuple(range(batch_dims, len(value.shape) - 1))
-        and len(axes) > 1
-    )
-
-
 def sums_before_rotation(
     value: QTensor | Array, axes: tuple[int, ...], hadamard: int, shape: Shape, row_mask, signs
 ) -> Float32[Array, "..."]:
-    """`column_sums` of a residual R under a Hadamard transform along the tokens: 1ᵀR = (H 1)ᵀ(H R), H being orthogonal.
+    """Sums over tokens of a residual R that is under a Hadamard transform H along them: 1ᵀR = (H 1)ᵀ(H R).
 
     Args:
       value: H R; hadamard: size of H.
@@ -294,13 +282,6 @@ def sums_before_rotation(
     if isinstance(value, QTensor):
         value = value.scaled_values(padded=(-2,))
     return jnp.sum(pad_to(value, -2, ones.shape[-2]) * pad_to(ones, -2, value.shape[-2]), axis=axes, keepdims=True)
-
-
-def _dequantized_from_product(value: QTensor | Array) -> Float32[Array, "..."]:
-    """`dequantize` from the array that products multiply, which is the same values: XLA then makes it once."""
-    if not isinstance(value, QTensor) or value.tensor_scale is None or isinstance(value.format.outer, int):
-        return dequantize(value)
-    return value.values(hardware.emulation_dtype()).astype(jnp.float32) * value.tensor_scale
 
 
 def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: str, row_mask):
@@ -320,7 +301,8 @@ def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
         stats = context.quantizer.column_stats(x, context.batch_dims)
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
-        mean = column_mean(x, axes, row_mask, layout.batch_shards(), layout.on_every_device)
+        shards = layout.batch_shards(), layout.on_every_device, layout.sequence_shards()
+        mean = column_mean(x, axes, row_mask, *shards)
     mean = layout.rows_everywhere(mean)
     as_operand = layout.rows_everywhere(context.quantize(Rows(mean), split.mean, f"mean.{name}", -1))
     center = _made_once(dequantize(as_operand)) if split.center is Center.QUANTIZED_MEAN else mean

@@ -36,6 +36,8 @@ LEVELS = {
     "pallas_kernels": 1,
     "fp4jax.dot": 2,
     "fp4jax.canonical": 2,
+    "fp4jax.dot_checks": 2,
+    "fp4jax.column_sums": 2,
     "fp4jax.operands": 2,
     "fp4jax.quantizers": 2,
     "fp4jax.explicit": 2,

@@ -121,6 +121,24 @@ def test_missing_key_is_named():
         ({"mesh__tensor": 2, "model__num_heads": 3, "model__num_kv_heads": 3}, 8, "model.num_heads=3"),
         ({"mesh__tensor": 2, "model__intermediate_size": 63}, 8, "model.intermediate_size=63"),
         ({"mesh__tensor": 2, "model__vocab_size": 4097}, 8, "model.vocab_size=4097"),
+        (
+            {"mesh__tensor": 2, "model__sequence_sharding": True, "seq_len": 48},
+            8,
+            "seq_len=48 is not a multiple of 32, a block of 16 tokens for each of mesh.tensor=2 with "
+            "model.sequence_sharding; use seq_len=32 or 64 or a smaller mesh.tensor",
+        ),
+        (
+            {"mesh__tensor": 2, "model__sequence_sharding": True, "seq_len": 16},
+            8,
+            "use seq_len=32 or a smaller mesh.tensor",
+        ),
+        (
+            {"mesh__tensor": 3, "model__sequence_sharding": True, "seq_len": 96, "model__num_heads": 3}
+            | {"model__num_kv_heads": 3, "model__vocab_size": 4098},
+            3,
+            "mesh.tensor=3: with model.sequence_sharding a power of two of devices, 64 at most, share a sequence; "
+            "use mesh.tensor=2 or model.sequence_sharding=False",
+        ),
         ({"mesh__fsdp": 2, "model__hidden_size": 255}, 8, "model.hidden_size=255 is not divisible by mesh.fsdp=2"),
         ({"mesh__expert": 2}, 8, "mesh.expert=2 is for experts, which model.name='qwen3' does not have"),
         (MOE | {"mesh__expert": 4, "model__moe__num_experts": 6}, 8, "divisible by mesh.expert=4; use mesh.expert=2"),

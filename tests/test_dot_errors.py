@@ -138,11 +138,11 @@ def test_errors_of_prepared_operands():
     for not_prepared in (dataclasses.replace(xq, purpose=None), xq.forward.residual):
         with pytest.raises(ValueError, match="lhs_q must come from fp4jax.prepare"):
             unchecked(dot_general)(x, w, numbers, recipe="nvfp4+nearest", lhs_q=not_prepared)
-    with pytest.raises(ValueError, match=r"with lhs_q, lhs must be \[\*batch, \*tokens, K\]"):
+    with pytest.raises(ValueError, match=r"with lhs_q or axes, lhs must be \[\*batch, \*tokens, K\]"):
         dot(x.transpose(0, 2, 1), w, (((1,), (0,)), ((), ())), lhs_q=xq)
-    with pytest.raises(ValueError, match=r"with rhs_q, rhs must be \[\*batch, K, N\]"):
+    with pytest.raises(ValueError, match=r"with rhs_q or axes, rhs must be \[\*batch, K, N\]"):
         dot(x, w.T, (((2,), (1,)), ((), ())), rhs_q=wq)
-    with pytest.raises(ValueError, match=r"with rhs_q, rhs must be \[\*batch, K, N\]"):
+    with pytest.raises(ValueError, match=r"with rhs_q or axes, rhs must be \[\*batch, K, N\]"):
         dot(x, w.reshape(contract.INPUTS, 4, 10), numbers, rhs_q=wq)
 
 

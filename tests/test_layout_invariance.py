@@ -150,3 +150,18 @@ def test_partials_of_any_number_of_devices_make_the_same_mean(shards):
         gathered = lambda parts, sizes=sizes: sizes.append(parts.shape[-2]) or parts  # noqa: E731
         np.testing.assert_array_equal(column_mean(x, axes, None, shards, gathered), column_mean(x, axes))
         assert all(size % shards or size // shards % 2 for size in sizes)
+
+
+@pytest.mark.parametrize("of_sequence", [2, 4, 8])
+def test_partials_of_sequences_make_the_same_mean(of_sequence):
+    """Of several sequences on a device, each shared by others: first what each of these gathers, then the rest."""
+    for shape in ((8, 128, 16), (6, 1536, 16), (1, 2048, 16), (2, 4, 256, 16)):
+        x, axes = random(*shape), tuple(range(len(shape) - 1))
+        shapes = []
+        gathered = lambda parts, shapes=shapes: shapes.append(parts.shape) or parts  # noqa: E731
+        mean = column_mean(x, axes, None, 2, gathered, of_sequence)
+        np.testing.assert_array_equal(mean, column_mean(x, axes))
+        assert shapes[0] == (*shape[:-2], of_sequence, 16)
+    for shape in ((256, 16), (3, 256, 16)):  # no sequences, or a mean for each
+        mean = column_mean(random(*shape), (len(shape) - 2,), None, 2, lambda parts: parts, of_sequence)
+        np.testing.assert_array_equal(mean, column_mean(random(*shape), (len(shape) - 2,)))

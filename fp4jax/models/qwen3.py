@@ -20,11 +20,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 from fp4jax.dot import LINEAR_INPUTS, dot_general, prepare
+from fp4jax.layout import Names
 from fp4jax.models import wire
 from fp4jax.models.cache import CachedAttention
 from fp4jax.models.layers import RMSNorm, causal_attention, rotary_angles, rotate, swiglu
+from fp4jax.models.segments import Products, segments
 from fp4jax.policy import Policy
-from fp4jax.recipes import Recipe
 from fp4jax.statistics import GRADIENT_STATISTICS, Monitor
 
 LINEARS = (
@@ -49,6 +50,8 @@ class Qwen3Config:
       gather_weights: when the devices that share a kernel get all of it: "step" (once, quantized if it is to be, and
         held), "layer" (where a layer needs it) or "auto" (`wire.once_a_step`).
       attention: how attention is computed: "auto", "xla" or "cudnn" (`layers.causal_attention`).
+      sequence_sharding: whether the devices that share a kernel's features (`tensor`) share the sequences of the
+        residual stream (`wire`).
       qk_norm: whether query and key heads are normalized; the architecture's, not to be chosen.
       linears: the linear layers of a block; the architecture's too.
     """
@@ -71,6 +74,7 @@ class Qwen3Config:
     remat: str = "none"
     gather_weights: str = "auto"
     attention: str = "auto"
+    sequence_sharding: bool = False
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -91,15 +95,6 @@ class Qwen3Config:
     def linear_paths(self) -> tuple[str, ...]:
         """The paths of the blocks' linear layers, which policies match."""
         return tuple(f"layers.{layer}.{linear}" for layer in range(self.num_layers) for linear in self.linears)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Products:
-    """Everything static about a block's matrix products."""
-
-    recipes: tuple[Recipe, ...]  # of the block's linears, in order
-    backend: str
-    gemm: str
 
 
 class Linear(nnx.Module):
@@ -156,11 +151,13 @@ class Block(nnx.Module):
         return functools.reduce(getattr, linear.split("."), self).axes
 
     def __call__(
-        self, x_BxTxD, rope, products: _Products, weights, key, monitor: Monitor | None = None,
+        self, x_BxTxD, rope, products: Products, weights, key, monitor: Monitor | None = None,
         attend=causal_attention, row_mask=None,
     ):  # fmt: skip
         """One layer. `weights`: prepared kernels by name, or None; `key`, `monitor`: the layer's, or None."""
         c, (batch, length, _) = self.config, x_BxTxD.shape
+        stream = wire.activations(c.sequence_sharding, length)
+        x_BxTxD = wire.placed(x_BxTxD, stream)
         linears = functools.partial(
             self._linears, products=products, weights=weights, key=key, monitor=monitor, row_mask=row_mask
         )
@@ -170,7 +167,7 @@ class Block(nnx.Module):
             q_BxTxNxH, k_BxTxKxH = self.self_attn.q_norm(q_BxTxNxH), self.self_attn.k_norm(k_BxTxKxH)
         mixed = attend(rotate(q_BxTxNxH, rope), rotate(k_BxTxKxH, rope), v_BxTxKxH)
         mixed = mixed.reshape(batch, length, -1)
-        x_BxTxD = x_BxTxD + linears(LINEARS[3:4], mixed)[0]
+        x_BxTxD = wire.placed(x_BxTxD + linears(LINEARS[3:4], mixed)[0], stream)
         return x_BxTxD + self._feed_forward(self.post_attention_layernorm(x_BxTxD), linears, monitor)
 
     def _feed_forward(self, x_BxTxD, linears, monitor: Monitor | None):
@@ -179,21 +176,25 @@ class Block(nnx.Module):
         gate_BxTxF, up_BxTxF = linears(LINEARS[4:6], x_BxTxD)
         return linears(LINEARS[6:], swiglu(gate_BxTxF, up_BxTxF))[0]
 
-    def _linears(self, names, x, *, products: _Products, weights, key, monitor: Monitor | None, row_mask):
+    def _linears(self, names, x, *, products: Products, weights, key, monitor: Monitor | None, row_mask):
         """The products of one input with several kernels; x is prepared once for each recipe among them.
 
         Leading axes of a kernel count independent matrices (experts), and x has them too; `row_mask`: x's real rows.
         """
         prepared, outputs = {}, []
+        place_of = functools.partial(self._activations, length=x.shape[1])
+        x = wire.placed(x, place_of(names[0], -2))
         for name in names:
             index = self.config.linears.index(name)
             recipe, linear_key = products.recipes[index], _fold(key, index)
             kernel = self.kernel(name)
             batch = tuple(range(kernel.ndim - 2))
+            results = place_of(name, -1)
+            shared = wire.shared(place_of(name, -2)), wire.shared(results)
             if recipe not in prepared:
                 prepared[recipe] = prepare(
                     x, recipe, key=linear_key, row_mask=row_mask, batch_dims=len(batch), backend=products.backend,
-                    forward_kept=self.config.remat == "linear_inputs",
+                    forward_kept=self.config.remat == "linear_inputs", axes=shared[0],
                 )  # fmt: skip
             output = dot_general(
                 x, kernel.astype(x.dtype) if recipe.fprop.is_high_precision else kernel,
@@ -201,11 +202,17 @@ class Block(nnx.Module):
                 preferred_element_type=x.dtype, recipe=recipe, key=linear_key, lhs_q=prepared[recipe],
                 rhs_q=None if weights is None else weights[name], backend=products.backend, gemm=products.gemm,
                 row_mask=row_mask, probe=None if monitor is None else monitor.probes.get(name),
+                axes=shared,
             )  # fmt: skip
             if monitor is not None and name in monitor.probes:
                 monitor.record(name, x, prepared[recipe], kernel, weights[name], recipe, row_mask)
-            outputs.append(output)
+            outputs.append(wire.placed(output, results))
         return outputs
+
+    def _activations(self, linear: str, axis: int, length: int) -> Names | None:
+        """Names of the axes of a linear layer's input (axis -2 of its kernel) or output (-1): `wire.activations`."""
+        axes = self.kernel_axes(linear)
+        return None if len(axes) > 2 else wire.activations(self.config.sequence_sharding, length, axes[axis])
 
 
 class Qwen3(nnx.Module):
@@ -226,7 +233,7 @@ class Qwen3(nnx.Module):
           ValueError: a rule of the policy that matches no layer.
         """
         self.config = config
-        self.segments = _segments(config, policy, backend, gemm)
+        self.segments = segments(config.linears, config.num_layers, policy, backend, gemm)
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = _matrix(vocabulary, ("vocab", "embed"), config.init_std, rngs)
         self.layers = self.block_class(config, rngs)
@@ -291,7 +298,11 @@ class Qwen3(nnx.Module):
             recipe; what is returned for them has no meaning.
         """
         c = self.config
+        stream = wire.activations(c.sequence_sharding, tokens_BxT.shape[1])
         x_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0).astype(c.dtype)
+        # The devices have parts of the vocabulary: whole sequences first, or XLA gathers the embedding.
+        whole = wire.activations(c.sequence_sharding, tokens_BxT.shape[1], None)
+        x_BxTxD = wire.placed(wire.placed(x_BxTxD, whole), stream)
         if positions is None:
             length = tokens_BxT.shape[1]
             positions = jnp.arange(length) if cached is None else cached.positions(length)
@@ -300,7 +311,7 @@ class Qwen3(nnx.Module):
         for index, segment in enumerate(self.segments):
             prepared = None if weights is None else weights[index]
             x_BxTxD = self._scan(x_BxTxD, rope, segment, prepared, key, monitor, attend, cached, row_mask)
-        return self.norm(x_BxTxD)
+        return wire.placed(self.norm(x_BxTxD), stream)
 
     def probes(self) -> dict[str, Float32[Array, "L s"]]:
         """Zeros for a `Monitor`: their cotangents are GRADIENT_STATISTICS of every linear layer."""
@@ -366,20 +377,6 @@ class Qwen3(nnx.Module):
 
         # One layer at a time: quantizing all at once would hold float32 temporaries of the whole model.
         return lax.map(one_layer, (kernels, _indices(layers)))
-
-
-def _segments(config: Qwen3Config, policy: Policy, backend: str, gemm: str) -> tuple[tuple[range, _Products], ...]:
-    """Runs of neighbouring layers whose recipes agree: each is one scan."""
-    recipes = tuple(policy.assign(config.linear_paths).values())
-    segments = []
-    for layer in range(config.num_layers):
-        first = layer * len(config.linears)
-        products = _Products(recipes[first : first + len(config.linears)], backend, gemm)
-        if segments and segments[-1][1] == products:
-            segments[-1] = (range(segments[-1][0].start, layer + 1), products)
-        else:
-            segments.append((range(layer, layer + 1), products))
-    return tuple(segments)
 
 
 def _matrix(shape, axes, std, rngs: nnx.Rngs) -> nnx.Param:

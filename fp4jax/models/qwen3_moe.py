@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from fp4jax.layout import place
+from fp4jax.models import wire
 from fp4jax.models.layers import swiglu
 from fp4jax.models.qwen3 import LINEARS as DENSE_LINEARS
 from fp4jax.models.qwen3 import Block, Qwen3, Qwen3Config
@@ -134,6 +135,7 @@ class MoEBlock(Block):
 
     def _feed_forward(self, x_BxTxD, linears, monitor: Monitor | None):
         c = self.config
+        x_BxTxD = wire.placed(x_BxTxD, wire.activations(c.sequence_sharding, x_BxTxD.shape[1], None))
         real_BxT = linears.keywords["row_mask"]
         real_S = None if real_BxT is None else real_BxT.reshape(-1)
         x_SxD = x_BxTxD.reshape(-1, c.hidden_size)

@@ -1,21 +1,27 @@
-"""How prepared kernels travel to the devices that multiply with them: quantized, as codes and scales.
+"""How prepared operands travel to the devices that multiply with them: quantized, as codes and scales.
 
 Under `fsdp` (and, for what is not an expert's, `expert`) every device keeps a part of each kernel in float32. It
 quantizes that part, and what is gathered is the result: 4.5 bits an element where bfloat16 takes 16. A recipe with 1x16
 blocks has two packings of a kernel, one for each product, which both travel.
+
+Under `tensor`, if asked for, devices share the sequences of the residual stream (Megatron's sequence parallelism, arXiv
+2205.05198): norms, sums and the quantization of what comes out of them are done once, not by every device, and the sum
+over the parts of a product is scattered. What is gathered in its place, the input of q, k, v, gate and up and the
+output gradient of o and down, travels as kernels do; `dot_general` does that, which is told by names.
 """
 
-import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
+from fp4jax import layout
 from fp4jax.dot import Prepared
-from fp4jax.layout import place
+from fp4jax.layout import Names, place
 
 GATHERS = ("auto", "step", "layer")
 """Choices of `gather_weights`."""
 
 _BLOCK = 16
-_GATHERED = "embed"
+_STREAM = "embed"
+"""The features of the residual stream; of a kernel, the axis that is gathered."""
 
 
 def whole_blocks(kernel: Float[Array, "..."], axes: tuple[str | None, ...]) -> Float[Array, "..."]:
@@ -25,13 +31,39 @@ def whole_blocks(kernel: Float[Array, "..."], axes: tuple[str | None, ...]) -> F
 
 def split(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
     """What was prepared from a kernel, split over the devices as the kernel is."""
-    return _placed(prepared, axes)
+    return layout.place_all(prepared, axes)
 
 
 def gathered(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
     """What was prepared from a kernel, on every device that multiplies with it; split along `tensor` and by experts."""
     # Split first: the compiler then gathers exactly here, the bytes, and not the wider integers they are packed from.
-    return _placed(split(prepared, axes), tuple(None if axis == _GATHERED else axis for axis in axes))
+    return layout.place_all(split(prepared, axes), layout.whole_along(axes, _STREAM))
+
+
+def activations(asked: bool, length: int, features: str | None = _STREAM) -> Names | None:
+    """Names of the axes of activations [B, T, features] where devices are to share sequences; None: as XLA likes.
+
+    The stream is split along its sequences, anything else along its features.
+
+    Args:
+      asked: `Qwen3Config.sequence_sharding`.
+      length: T, in tokens. A sequence that the devices cannot share in whole blocks of 16 is not split.
+      features: the name of that axis, None for features that are whole, beside whole sequences.
+    """
+    devices = layout.sequence_shards()
+    if not asked or devices == 1 or length % (_BLOCK * devices):
+        return None
+    return ("batch", "sequence", None) if features == _STREAM else ("batch", None, features)
+
+
+def shared(axes: Names | None) -> Names | None:
+    """The same for activations whose sequences the devices share; None for others."""
+    return axes if axes is not None and "sequence" in axes else None
+
+
+def placed(x: Float[Array, "..."], axes: Names | None) -> Float[Array, "..."]:
+    """`x` where `activations` says, and its gradient."""
+    return x if axes is None else place(x, axes)
 
 
 def once_a_step(choice: str, high_precision: bool) -> bool:
@@ -41,12 +73,3 @@ def once_a_step(choice: str, high_precision: bool) -> bool:
     rematerialization gather them again. What stays in high precision is gathered where a layer needs it (ZeRO-3).
     """
     return choice == "step" or (choice == "auto" and not high_precision)
-
-
-def _placed(prepared: PyTree, axes: tuple[str | None, ...]) -> PyTree:
-    """Every array of it has the kernel's axes, packed or not; one there twice is placed once."""
-    placed: dict[int, Array] = {}
-    for leaf in jax.tree.leaves(prepared):
-        if id(leaf) not in placed:
-            placed[id(leaf)] = place(leaf, axes)
-    return jax.tree.map(lambda leaf: placed[id(leaf)], prepared)

@@ -25,6 +25,7 @@ def column_mean(
     row_mask: Bool[Array, "*rows"] | None = None,
     shards: int = 1,
     gather: Callable[[Float32[Array, "..."]], Float32[Array, "..."]] = lambda partial: partial,
+    sequence_shards: int = 1,
 ) -> Float32[Array, "*mean"]:
     """Mean of every column over the rows along `axes` (kept with size 1), accumulated in float32.
 
@@ -36,16 +37,17 @@ def column_mean(
       x: [*batch, *tokens, features].
       axes: the token axes to average over.
       row_mask: [*batch, *tokens], True for real rows; without a real row the mean is zero.
-      shards: how many devices share the rows; changes no bit.
+      shards: how many devices share the rows, along all axes but the last; changes no bit.
       gather: called with partial sums [..., partials, features] when each device has added up its own.
+      sequence_shards: how many devices share the last of the axes; changes no bit either.
     """
     x = mask_rows(x.astype(jnp.float32), row_mask)
-    total = _ordered_sum(x, axes, shards, gather)
+    total = _ordered_sum(x, axes, shards, gather, sequence_shards)
     # XLA multiplies by the reciprocal of a constant divisor when jitted: this one depends on the data, to no effect.
     return total / jnp.where(total != 0, row_count(x.shape, axes, row_mask), np.float32(1))
 
 
-def _ordered_sum(x, axes: tuple[int, ...], shards: int, gather):
+def _ordered_sum(x, axes: tuple[int, ...], shards: int, gather, sequence_shards: int):
     """The sum described in `column_mean`, kept with size 1 along `axes`."""
     axes = tuple(sorted(axis % x.ndim for axis in axes))
     rows = [x.shape[axis] for axis in axes]
@@ -53,11 +55,20 @@ def _ordered_sum(x, axes: tuple[int, ...], shards: int, gather):
         return jnp.sum(x, axis=axes, keepdims=True)  # a symbolic size (`jax.export`), or rows that are not neighbours
     stretches = _stretches(rows[-1])
     cut = x.reshape(*x.shape[:-2], stretches, rows[-1] // stretches, x.shape[-1])
-    parts = jnp.sum(cut, axis=-2).reshape(*x.shape[: axes[0]], -1, x.shape[-1])
-    while parts.shape[-2] > shards and parts.shape[-2] % (2 * shards) == 0:
-        parts = pair_sums(parts)
+    parts, share_it = jnp.sum(cut, axis=-2), max(shards, sequence_shards)
+    if len(axes) > 1 and sequence_shards > 1:
+        # Of a sequence first: stretches are a power of two, so the tree over all of them begins within each sequence.
+        parts, share_it = gather(_added_up(parts, sequence_shards)), shards
+    parts = _added_up(parts.reshape(*x.shape[: axes[0]], -1, x.shape[-1]), share_it)
     total = tree_sum(gather(parts) if parts.shape[-2] > 1 else parts)
     return total.reshape(*x.shape[: axes[0]], *[1] * len(axes), x.shape[-1])
+
+
+def _added_up(parts: Float32[Array, "..."], shards: int) -> Float32[Array, "..."]:
+    """Levels of the tree, as many as each of the devices that share the partial sums can do with its own."""
+    while parts.shape[-2] > shards and parts.shape[-2] % (2 * shards) == 0:
+        parts = pair_sums(parts)
+    return parts
 
 
 def _stretches(rows: int) -> int:

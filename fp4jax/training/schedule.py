@@ -151,6 +151,11 @@ def _check_shards(config: ml_collections.ConfigDict, recipes: Iterable[Recipe]) 
     """Whether the sequences that a layer sees at once divide into the shards of its recipe."""
     rows = config.batch_size // config.microbatches
     for found in recipes:
+        if found.shards is not None and config.model.sequence_sharding:
+            raise ConfigError(
+                f"recipe {found.name!r} has statistics of each shard's own, which model.sequence_sharding has not: use "
+                "one of the two"
+            )
         if found.shards is not None and rows % found.shards:
             raise ConfigError(
                 f"recipe {found.name!r} cuts the sequences of a microbatch into {found.shards} shards, and there are "
