@@ -333,7 +333,7 @@ class Qwen3(nnx.Module):
             x_BxTxD, cache = carry
             state, weights, index, probes = per_layer
             if weights is not None:
-                weights = {name: wire.gathered(found, self.layers.kernel_axes(name)) for name, found in weights.items()}
+                weights = {name: wire.whole(found, self.layers.kernel_axes(name)) for name, found in weights.items()}
             own = None if probes is None else Monitor(probes)
             of_layer = attend if cached is None else cached.layer(cache, index)
             x_BxTxD = nnx.merge(graphdef, state)(

@@ -37,7 +37,12 @@ def split(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
 def gathered(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
     """What was prepared from a kernel, on every device that multiplies with it; split along `tensor` and by experts."""
     # Split first: the compiler then gathers exactly here, the bytes, and not the wider integers they are packed from.
-    return layout.place_all(split(prepared, axes), layout.whole_along(axes, _STREAM))
+    return whole(split(prepared, axes), axes)
+
+
+def whole(prepared: Prepared, axes: tuple[str | None, ...]) -> Prepared:
+    """The same of what is split already, or held whole: that is not gathered again."""
+    return layout.place_all(prepared, layout.whole_along(axes, _STREAM))
 
 
 def activations(asked: bool, length: int, features: str | None = _STREAM) -> Names | None:
