@@ -13,7 +13,7 @@ from fp4jax.plan.step import kernel_shapes, weight_gathers
 from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.state import model_template, on_mesh, sharded_abstract_params
-from fp4jax.training.step import loss_and_gradients
+from fp4jax.training.step import abstract_train_step, loss_and_gradients
 from tests.training.test_step import prepared, run_steps
 
 pytestmark = pytest.mark.standard_promotion
@@ -90,6 +90,18 @@ def test_kernels_travel_as_codes_and_scales(wide_config):
     found, of_kernels = gathered_when_prepared(wide_config)
     assert of_kernels == 2 * elements(wide_config) * 9 // 16
     assert {array.split("[")[0] for array in found} == {"u8"}
+
+
+def test_a_step_gathers_them_once_for_all_its_microbatches(wide_config):
+    """And not for every layer, its rematerialization and its backward again."""
+    wide_config.mesh.fsdp, wide_config.recipe, wide_config.microbatches = 8, "nvfp4", 2
+    wide_config.batch_size, wide_config.model.remat = 16, "linear_inputs"
+    mesh = make_mesh(wide_config.mesh)
+    step, *arguments = abstract_train_step(wide_config, mesh)
+    with jax.set_mesh(mesh):
+        program = Program(step.lower(*arguments).compile({"xla_backend_optimization_level": 0}).as_text())
+    of_kernels = weight_gathers(Executions(program).gathers(), kernel_shapes(wide_config), tensor=1)
+    assert of_kernels == 2 * elements(wide_config) * 9 // 16
 
 
 @pytest.mark.parametrize(("recipe", "choice"), [("averis", "layer"), ("bf16", "auto"), ("bf16", "layer")])
