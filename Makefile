@@ -3,7 +3,7 @@ CONFIG  ?= configs/averis_tiny.py
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 ARGS    ?=
 
-# Huge pages for malloc: a training step on a CPU is faster by a sixth (docs/benchmarks.md).
+# Huge pages for malloc: a training step on a CPU is faster with them (docs/profile.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 PYTHON_VENV := .venv/bin/python

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from fp4jax.hardware import lacks_huge_pages
+from fp4jax.hardware import huge_pages
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ def about(command: str) -> dict[str, object]:
         "jax": jax.__version__,
         "commit": commit(),
         "command": " ".join(["python -m", command, *sys.argv[1:]]),
-        **({"huge_pages": not lacks_huge_pages()} if device.platform == "cpu" else {}),
+        **({"huge_pages": huge_pages()} if device.platform == "cpu" else {}),
     }
 
 

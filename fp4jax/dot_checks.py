@@ -72,3 +72,5 @@ def _check_axes(axes: tuple[Names, ...], rank: int, recipe: Recipe) -> None:
     for names in axes:
         if len(names) != rank:
             raise ValueError(f"axes must name all {rank} axes, those that are not shared None: got {names}")
+        if "sequence" not in names:
+            raise ValueError(f"axes are named where devices share sequences, and none of {names} is 'sequence'")

@@ -86,14 +86,17 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 in pages of 4 KiB the kernel spends a good part of a small step handing it out."""
 
 
-def lacks_huge_pages(folder: str = "/sys/kernel/mm/transparent_hugepage") -> bool:
-    """Whether this process would get huge pages if it asked for them, and does not ask (Linux)."""
+def huge_pages(folder: str = "/sys/kernel/mm/transparent_hugepage") -> bool | None:
+    """Whether malloc gets huge pages in this process: None where the system has none to give, or does not tell."""
     try:
         with open(f"{folder}/enabled", encoding="ascii") as file:
-            on_request = "[madvise]" in file.read()
+            chosen = re.search(r"\[(\w+)\]", file.read())
     except OSError:
-        return False
-    return on_request and HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", "").split(":")
+        return None
+    if chosen is None or chosen[1] == "never":
+        return None
+    asked = re.search(r"(?:^|:)glibc\.malloc\.hugetlb=[1-9]", os.environ.get("GLIBC_TUNABLES", ""))
+    return chosen[1] == "always" or asked is not None
 
 
 @functools.cache

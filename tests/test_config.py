@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fp4jax import config_checks
 from fp4jax.config import ConfigError, check_overrides, default_config, flatten, mesh_of, mesh_shape
 from fp4jax.config_checks import validate
+from fp4jax.numerics import splits
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -229,3 +231,7 @@ def test_0p6b_runs_with_a_batch_of_one():
     config.batch_size, config.seq_len, config.steps = 1, 128, 2
     validate(config, device_count=1)
     assert config.microbatches == 1
+
+
+def test_stretches_are_those_of_the_means():
+    assert config_checks.MOST_STRETCHES == splits.MOST_STRETCHES

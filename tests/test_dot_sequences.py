@@ -97,7 +97,13 @@ def test_names_that_do_not_fit():
         dot_general(x, w, DIMENSION_NUMBERS, recipe="nvfp4", axes=(("batch", "sequence"), None))
     with pytest.raises(ValueError, match="unknown axis 'tokens'; accepted: "), jax.set_mesh(mesh()):
         jax.jit(
-            lambda x, w: dot_general(x, w, DIMENSION_NUMBERS, recipe="bf16", axes=(("batch", "tokens", None), None))
+            lambda x, w: dot_general(
+                x, w, DIMENSION_NUMBERS, recipe="bf16", axes=(("batch", "sequence", "tokens"), None)
+            )
         )(x, w)
     with pytest.raises(ValueError, match="with lhs_q or axes, lhs must be"):
         dot_general(x.swapaxes(1, 2), w, (((1,), (0,)), ((), ())), recipe="nvfp4", axes=(STREAM, None))
+    with pytest.raises(ValueError, match="none of \\('batch', None, None\\) is 'sequence'"):
+        dot_general(x, w, DIMENSION_NUMBERS, recipe="nvfp4", axes=(("batch", None, None), None))
+    with pytest.raises(ValueError, match="devices share no sequences under nvfp4\\+shards2"):
+        dot_general(x, w, DIMENSION_NUMBERS, recipe="nvfp4+shards2", axes=(STREAM, None))

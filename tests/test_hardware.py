@@ -27,17 +27,20 @@ def test_jax_default_device_comes_first(machine_with_a_gpu):
 
 
 @pytest.mark.parametrize(
-    ("enabled", "tunables", "lacks"),
+    ("enabled", "tunables", "found"),
     [
-        ("always [madvise] never", "", True),
-        ("always [madvise] never", "glibc.malloc.arena_max=2", True),
-        ("always [madvise] never", f"glibc.malloc.arena_max=2:{hardware.HUGE_PAGES}", False),
-        ("[always] madvise never", "", False),
-        ("always madvise [never]", "", False),
+        ("always [madvise] never", "", False),
+        ("always [madvise] never", "glibc.malloc.arena_max=2", False),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", False),
+        ("always [madvise] never", f"glibc.malloc.arena_max=2:{hardware.HUGE_PAGES}", True),
+        ("always [madvise] never", "glibc.malloc.hugetlb=2", True),
+        ("[always] madvise never", "", True),
+        ("always madvise [never]", hardware.HUGE_PAGES, None),
+        ("?", hardware.HUGE_PAGES, None),
     ],
 )
-def test_huge_pages_are_missed_where_they_could_be_had(enabled, tunables, lacks, tmp_path, monkeypatch):
+def test_huge_pages(enabled, tunables, found, tmp_path, monkeypatch):
     (tmp_path / "enabled").write_text(enabled)
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    assert hardware.lacks_huge_pages(str(tmp_path)) is lacks
-    assert not hardware.lacks_huge_pages(str(tmp_path / "nowhere"))
+    assert hardware.huge_pages(str(tmp_path)) is found
+    assert hardware.huge_pages(str(tmp_path / "nowhere")) is None

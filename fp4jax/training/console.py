@@ -89,7 +89,7 @@ def start_table(
     table.add_row("attention", _attention(config))
     table.add_row("mesh", describe_mesh(mesh))
     table.add_row("device", describe_devices(mesh))
-    if hardware.current().is_cpu and hardware.lacks_huge_pages():
+    if hardware.current().is_cpu and hardware.huge_pages() is False:
         table.add_row("memory", f"in pages of 4 KiB: GLIBC_TUNABLES={hardware.HUGE_PAGES} makes steps faster")
     table.add_row("state", f"{state_bytes / 1e9:.2f} GB (float32 parameters and two moments)")
     tokens = f"{config.batch_size * config.seq_len:,} tokens a step"

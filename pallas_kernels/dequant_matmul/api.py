@@ -34,9 +34,12 @@ def misfit(lhs: QTensor, rhs: QTensor, contracted: tuple[Axes, Axes], batch_dims
     for value, axes in zip((lhs, rhs), contracted, strict=True):
         if (reason := _unfit(value, axes, batch_dims)) is not None:
             return reason
-    sizes = [tuple(value.padded_shape[a] for a in axes) for value, axes in zip((lhs, rhs), contracted, strict=True)]
-    if math.prod(sizes[0]) != math.prod(sizes[1]):
-        return f"the operands are padded to different sizes, {sizes[0]} and {sizes[1]}"
+    for what, left, right in (
+        ("contracted sizes", *(tuple(v.shape[a] for a in c) for v, c in zip((lhs, rhs), contracted, strict=True))),
+        ("batch sizes", lhs.shape[:batch_dims], rhs.shape[:batch_dims]),
+    ):
+        if left != right:
+            return f"the operands have different {what}, {left} and {right}"
     return None
 
 

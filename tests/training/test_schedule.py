@@ -104,6 +104,13 @@ def test_shards_that_the_batch_does_not_hold():
         settle(config)
 
 
+def test_shards_and_shared_sequences_exclude_each_other():
+    config = scheduled("bf16:1%,run:100%", recipe="averis+shards8")
+    config.model.sequence_sharding = True
+    with pytest.raises(ConfigError, match="'averis.shards8' has statistics of each shard's own, which model.sequence_"):
+        settle(config)
+
+
 def test_settled_config_refers_to_nothing_and_can_be_made_longer(tmp_path):
     PolicyFile((("mlp", "run"), (".", "bf16"))).save(tmp_path / "scan.json")
     config = scheduled("bf16:10, run:1000")

@@ -125,7 +125,8 @@ REFUSED = {
     "blocks": (((128, 64), ROWS), ((128, 64), LAST), (LAST, LAST), NVFP4, "blocks of NVFP4 run along another axis"),
     "axes": (((2, 128, 64), ROWS), ((2, 128, 64), ROWS), (ROWS, ROWS), NVFP4, "neither the last one nor all behind"),
     "rows": (((128, 64), LAST), ((127, 64), LAST), (LAST, LAST), NVFP4, "127 rows in 1 products"),
-    "padding": (((128, 64), LAST), ((128, 80), LAST), (LAST, LAST), NVFP4, "padded to different sizes"),
+    "sizes": (((128, 64), LAST), ((128, 80), LAST), (LAST, LAST), NVFP4, "different contracted sizes, (64,) and (80,)"),
+    "padding": (((128, 120), LAST), ((128, 128), LAST), (LAST, LAST), NVFP4, "different contracted sizes"),
 }
 
 
@@ -137,6 +138,11 @@ def test_other_operands_are_refused(case):
     if compat.CAN_INTERPRET:
         with pytest.raises(ValueError, match="^dequant_matmul: "):
             dequant_matmul(*pair, contracted, interpret=True)
+
+
+def test_other_batches_are_refused():
+    left, right = (quantized((batch, 128, 64), LAST, batch) for batch in (3, 1))
+    assert misfit(left, right, (LAST, LAST), batch_dims=1) == "the operands have different batch sizes, (3,) and (1,)"
 
 
 @dataclasses.dataclass
