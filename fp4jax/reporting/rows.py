@@ -197,7 +197,11 @@ def _reason(product: Product, precision: Precision) -> str:
 
 
 def _shape(product: Product) -> str:
-    return " x ".join("[" + ",".join(map(str, shape)) + "]" for shape in product.shapes)
+    shapes = product.shapes
+    if product.scope.gemm == "wgrad" and all(len(shape) == 3 and shape[0] == 1 for shape in shapes):
+        # On CPUs two matrices are contracted over one more axis, of size 1: `fp4jax.gemm` says why.
+        shapes = tuple(shape[1:] for shape in shapes)
+    return " x ".join("[" + ",".join(map(str, shape)) + "]" for shape in shapes)
 
 
 def _merged(rows: Sequence[Row]) -> tuple[Row, ...]:

