@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from fp4jax.canonical import check_canonical, check_operands, check_row_mask
-from fp4jax.layout import Names
+from fp4jax.layout import SEQUENCE, Names
 from fp4jax.operands import Prepared, Purpose
 from fp4jax.recipes import Recipe
 from fp4jax.shards import shape_in_shards
@@ -72,5 +72,5 @@ def _check_axes(axes: tuple[Names, ...], rank: int, recipe: Recipe) -> None:
     for names in axes:
         if len(names) != rank:
             raise ValueError(f"axes must name all {rank} axes, those that are not shared None: got {names}")
-        if "sequence" not in names:
-            raise ValueError(f"axes are named where devices share sequences, and none of {names} is 'sequence'")
+        if SEQUENCE not in names:
+            raise ValueError(f"axes are named where devices share sequences, and none of {names} is {SEQUENCE!r}")

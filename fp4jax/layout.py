@@ -18,6 +18,9 @@ from fp4jax.axes import BATCH_AXES, MESH_AXES
 Names = tuple[str | None, ...]
 """Of the axes of an array: those of LOGICAL_AXES, None for one that is whole on every device."""
 
+SEQUENCE = "sequence"
+"""The axis of activations that devices along `tensor` share where sequences are sharded."""
+
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # Of parameters, by the names in their NNX metadata.
     "embed": ("fsdp", "expert"),
@@ -29,7 +32,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     # Of activations.
     "batch": BATCH_AXES,
-    "sequence": ("tensor",),
+    SEQUENCE: ("tensor",),
     "slots": ("data", "fsdp"),
 }
 """Name of an array's axis to the mesh axes that shard it."""
