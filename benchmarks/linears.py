@@ -46,6 +46,16 @@ def linear(name: str) -> Linear:
     return _by_recipe(as_recipe(name))
 
 
+def check(name: str) -> None:
+    """Raises ValueError for a name that is neither a contender nor a recipe, whether or not qwix is installed."""
+    if name in _CONTENDERS:
+        return
+    try:
+        as_recipe(name)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is none of {', '.join(_CONTENDERS)}, and no recipe: {error}") from None
+
+
 def with_gradients(product: Linear) -> Callable[[Array, Array, Array, Array], tuple[Array, Array, Array]]:
     """(x, w, d, key) → (y, dL/dx, dL/dw) for dL/dy = d."""
 

@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> None:
                 row |= summary(row["contender"], times)
         records.write(path, COMMAND, rows, **about)
 
+    if not runs:
+        raise ValueError(f"no contender gives a result; see {path}")
     times = timing.in_turns(runs, flags.repeats, clock=timing.CLOCKS[flags.clock])
     report(times)
     for row in rows:
@@ -192,9 +194,14 @@ def _parse(arguments: Sequence[str]):
     parser.add_argument("--out", type=Path, help="folder for the JSON; by default benchmarks/results/<device>")
     flags = parser.parse_args(arguments)
     flags.contenders = flags.contenders.split(",")
-    flags.shape = tuple(int(size) for size in flags.shape.split(",") if size.isdigit())
-    if len(flags.shape) != 3 or len(set(flags.contenders)) < len(flags.contenders):
-        parser.error("--shape takes three sizes, --contenders every name once")
+    sizes = flags.shape.split(",")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        parser.error(f"--shape={flags.shape}: give tokens,inputs,outputs, such as {SHAPE}")
+    flags.shape = tuple(map(int, sizes))
+    if len(set(flags.contenders)) < len(flags.contenders):
+        parser.error("--contenders names one twice")
+    for name in flags.contenders:
+        linears.check(name)
     return flags
 
 

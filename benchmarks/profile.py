@@ -22,11 +22,20 @@ import jax
 from matplotlib.figure import Figure
 
 from benchmarks import records
-from benchmarks.step import MODELS, RECIPES, Program, compile_all, configuration, initial_state, make_batch
+from benchmarks.step import (
+    Program,
+    add_program_flags,
+    compile_all,
+    configuration,
+    initial_state,
+    make_batch,
+    split_recipes,
+)
 from fp4jax import scopes
 from fp4jax.cli import Parser, output_folder, positive, run
 from fp4jax.comparison.figures import COLOURS, png
 from fp4jax.config import mesh_of
+from fp4jax.recipes import as_recipe
 from fp4jax.training import make_mesh
 from fp4jax.training.state import TrainState
 from fp4jax.training.step import Batch
@@ -142,17 +151,13 @@ def draw(rows: Sequence[Mapping]) -> Figure:
 
 def _parse(arguments: Sequence[str]):
     parser = Parser(COMMAND, (__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", choices=tuple(MODELS), default="tiny")
-    parser.add_argument("--recipes", default=RECIPES, help="separated by commas")
-    parser.add_argument("--layers", type=positive, help="by default the model's")
-    parser.add_argument("--sequences", type=positive, help="by default the configuration's")
-    parser.add_argument("--length", type=positive, help="tokens in a sequence; by default the configuration's")
-    parser.add_argument("--microbatches", type=positive, default=1)
-    parser.add_argument("--remat", choices=("none", "linear_inputs", "full"), help="by default the configuration's")
+    add_program_flags(parser, model="tiny")
     parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--out", type=Path, help="folder for the results; by default benchmarks/results/<device>")
     flags = parser.parse_args(arguments)
-    flags.recipes = flags.recipes.split(",")
+    flags.recipes = split_recipes(parser, flags.recipes)
+    for name in flags.recipes:
+        as_recipe(name.partition("@")[0])
     return flags
 
 

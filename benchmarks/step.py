@@ -240,22 +240,36 @@ def describe(row: dict) -> str:
     )
 
 
-def _parse(arguments: Sequence[str]):
-    parser = Parser(COMMAND, (__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", choices=tuple(MODELS), default="0p6b")
+def add_program_flags(parser: Parser, model: str) -> None:
+    """What `configuration` reads, and --recipes.
+
+    model: the default.
+    """
+    parser.add_argument("--model", choices=tuple(MODELS), default=model)
     parser.add_argument("--recipes", default=RECIPES, help="separated by commas, each with @backend or without")
     parser.add_argument("--layers", type=positive, help="by default the model's")
     parser.add_argument("--sequences", type=positive, help="by default 4, of the tiny model its configuration's")
     parser.add_argument("--length", type=positive, help="tokens in a sequence; by default the configuration's")
     parser.add_argument("--microbatches", type=positive, default=1)
     parser.add_argument("--remat", choices=("none", "linear_inputs", "full"), help="by default the configuration's")
+
+
+def split_recipes(parser: Parser, listed: str) -> list[str]:
+    """The names of --recipes, each once."""
+    names = listed.split(",")
+    if len(set(names)) < len(names):
+        parser.error("--recipes names one twice")
+    return names
+
+
+def _parse(arguments: Sequence[str]):
+    parser = Parser(COMMAND, (__doc__ or "").partition("\n")[0])
+    add_program_flags(parser, model="0p6b")
     parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--clock", choices=tuple(timing.CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, help="folder for step.json; by default benchmarks/results/<device>")
     flags = parser.parse_args(arguments)
-    flags.recipes = flags.recipes.split(",")
-    if len(set(flags.recipes)) < len(flags.recipes):
-        parser.error("--recipes names one twice")
+    flags.recipes = split_recipes(parser, flags.recipes)
     return flags
 
 

@@ -1,13 +1,15 @@
 """Where a training step on eight devices first parts from the same step on one: the codes of X in every linear layer.
 
-    PYTHONPATH=. python experiments/first_difference.py [--recipe=averis_centered]
+    PYTHONPATH=. python experiments/first_difference.py [--recipes=averis_centered,averis] [--out=FILE]
 
 The model, state and batch of `experiments/layouts.py`, on one device and on eight along "data". Of each X that the
 forward pass quantizes, in order: how many elements of it differ, and how many codes and block scales of its residual.
 """
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -15,9 +17,10 @@ import numpy as np
 
 from experiments import layouts
 from fp4jax import operands
-from fp4jax.cli import Parser, run
+from fp4jax.cli import Parser, check_output_file, run
 from fp4jax.config import mesh_of
 from fp4jax.operands import Part
+from fp4jax.recipes import as_recipe
 
 Prepared = tuple[np.ndarray, np.ndarray, np.ndarray]
 """X, and codes and block scales of its residual."""
@@ -42,18 +45,35 @@ def prepared_on(recipe: str, sizes: dict[str, int]) -> list[Prepared]:
     return found
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Prints one line for each X."""
-    parser = Parser("experiments/first_difference.py", __doc__.splitlines()[0])
-    parser.add_argument("--recipe", default="averis_centered")
-    flags = parser.parse_args(arguments)
-    one, eight = (prepared_on(flags.recipe, sizes) for sizes in (mesh_of(), mesh_of(data=layouts.DEVICES)))
-    print(f"{flags.recipe}: X of layer 1 (attention in, attention out, MLP in, MLP hidden), layer 2, ...")
-    print("  X   elements   differ  relative  codes differ  scales differ")
-    for number, (a, b) in enumerate(zip(one, eight, strict=True), 1):
+def differences(recipe: str) -> list[dict[str, float]]:
+    """Of every X: its elements, how many of them, of its codes and of its block scales differ, and by how much."""
+    one, eight = (prepared_on(recipe, sizes) for sizes in (mesh_of(), mesh_of(data=layouts.DEVICES)))
+    found = []
+    for a, b in zip(one, eight, strict=True):
         differ, codes, scales = (int(np.sum(left != right)) for left, right in zip(a, b, strict=True))
-        relative = np.linalg.norm(a[0] - b[0]) / np.linalg.norm(a[0])
-        print(f"{number:3}{a[0].size:11,}{differ:9,}{relative:10.1e}{codes:14}{scales:15}")
+        relative = float(np.linalg.norm(a[0] - b[0]) / np.linalg.norm(a[0]))
+        found.append({"elements": a[0].size, "differ": differ, "relative": relative, "codes": codes, "scales": scales})
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints one line for each X, and writes FILE."""
+    parser = Parser("experiments/first_difference.py", __doc__.splitlines()[0])
+    parser.add_argument("--recipes", default="averis_centered,averis", help="separated by commas")
+    parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
+    flags = parser.parse_args(arguments)
+    if flags.out:
+        check_output_file(flags.out, "--out")
+    results = {as_recipe(name).name: [] for name in flags.recipes.split(",")}
+    for recipe in results:
+        results[recipe] = differences(recipe)
+        print(f"{recipe}: X of layer 1 (attention in, attention out, MLP in, MLP hidden), layer 2, ...")
+        print("  X   elements   differ  relative  codes differ  scales differ")
+        for number, row in enumerate(results[recipe], 1):
+            print("{:3}{elements:11,}{differ:9,}{relative:10.1e}{codes:14}{scales:15}".format(number, **row))
+    if flags.out:
+        about = {"jax": jax.__version__, "devices": layouts.DEVICES}
+        flags.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

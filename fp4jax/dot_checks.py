@@ -30,6 +30,8 @@ def check_preparable(x, side: str, row_mask, batch_dims: int, recipe: Recipe, ax
         )
     if row_mask is not None:
         check_row_mask(row_mask, x.shape[:-1])
+    if axes is not None and not is_lhs:
+        raise ValueError(f"axes name those of activations that devices share; weights have none to share: {axes}")
     _check_axes(() if axes is None else (axes,), x.ndim, recipe)
 
 

@@ -107,3 +107,5 @@ def test_names_that_do_not_fit():
         dot_general(x, w, DIMENSION_NUMBERS, recipe="nvfp4", axes=(("batch", None, None), None))
     with pytest.raises(ValueError, match="devices share no sequences under nvfp4\\+shards2"):
         dot_general(x, w, DIMENSION_NUMBERS, recipe="nvfp4+shards2", axes=(STREAM, None))
+    with pytest.raises(ValueError, match="weights have none to share"):
+        prepare(w, "nvfp4", "rhs", axes=("embed", "sequence"))

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.extend import core
 
+from benchmarks import peers
 from fp4jax import dot, gemm
 from fp4jax.dot import dot_general
 from fp4jax.hardware import emulation_dtype
@@ -90,3 +91,19 @@ def test_gpus_round_before_a_mean_is_added(accelerator):
     assert gemm.best().rounded and gemm.emulated().rounded
     jaxpr = jax.make_jaxpr(functools.partial(outputs_of, "averis"), static_argnums=0)(jnp.bfloat16)
     assert "optimization_barrier" in str(jaxpr)
+
+
+@pytest.mark.skipif(emulation_dtype() != jnp.bfloat16, reason="a CPU without bfloat16 units")
+@pytest.mark.parametrize(("tokens", "products"), [((64,), 5), ((2, 64), 7)], ids=str)
+def test_a_mean_costs_no_product_in_float32_on_a_cpu(tokens, products):
+    """Three GEMMs and the mean's row in two of them; over several token axes also the column sums of X and D."""
+    x, w = jnp.ones((*tokens, 256)), jnp.ones((256, 128))
+
+    def run(x, w, key):
+        y, pull = jax.vjp(
+            lambda x, w: dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), recipe="averis", key=key), x, w
+        )
+        return y, *pull(y)
+
+    text = jax.jit(run).lower(x, w, jax.random.key(0)).compile().as_text()
+    assert peers.products(text) == {"bf16 * bf16 -> f32": products}

@@ -77,7 +77,23 @@ def test_the_transformer_learns_and_its_layers_are_the_contenders():
     assert set(seen) == {(32, 96), (32, 32), (32, 128), (64, 32)}
 
 
-@pytest.mark.parametrize("shape", ["1,2", "a,b,c", "1,2,3,4"])
-def test_a_shape_is_three_sizes(shape):
-    with pytest.raises(ValueError, match="--shape takes three sizes"):
-        peers.main([f"--shape={shape}"])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        *((f"--shape={shape}", f"--shape={shape}: give tokens,inputs,outputs") for shape in ("1,2", "a,b,c", "0,1,2")),
+        ("--contenders=f32,f32", "--contenders names one twice"),
+        ("--contenders=f32,nope", "'nope' is none of f32, bf16, nvfp4_forward, qwix"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_before_anything_is_written(flag, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        peers.main([flag, f"--out={tmp_path / 'results'}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.standard_promotion
+def test_without_any_result_there_is_no_time(tmp_path, monkeypatch):
+    double = {"double": lambda: lambda x, w, key: 2 * (x @ w)}
+    monkeypatch.setattr(linears, "_CONTENDERS", linears._CONTENDERS | double)
+    with pytest.raises(ValueError, match="no contender gives a result; see .*peers_linear_64x48x32.json"):
+        peers.main(["--shape=64,48,32", "--contenders=double", "--repeats=1", f"--out={tmp_path}"])

@@ -55,6 +55,15 @@ def test_other_devices_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("recipes", "message"), [("bf16,nope", "unknown recipe 'nope'"), ("bf16,bf16", "--recipes names one twice")]
+)
+def test_recipes_are_checked_before_anything_is_written(recipes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        profile.main([f"--recipes={recipes}", f"--out={tmp_path / 'results'}"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_trace_names_its_instructions(tmp_path):
     program = jax.jit(lambda x: jnp.sin(x @ x)).lower(jnp.ones((64, 64))).compile()
     with jax.profiler.trace(str(tmp_path)):

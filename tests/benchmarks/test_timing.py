@@ -1,10 +1,6 @@
 """Timing: that everything asked for is run, as often as asked, in turns; and ratios of paired times."""
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,10 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import ratios, timing
-from fp4jax.plan.targets import DESCRIPTIONS
+from tests.pallas_kernels import targets
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
+SCRIPT = Path(__file__).with_name("compile_for_target.py")
 
 
 def test_one_launch_runs_every_input():
@@ -41,24 +36,11 @@ def test_two_passes_are_refused():
         timing.over_all(jnp.sin, passes=2)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason='needs the CUDA compiler, no GPU: pip install "jax[cuda13]" (4.4 GB)',
-)
+@targets.compiles
 @pytest.mark.parametrize("passes, calls", [(1, 4), (3, 8), (16, 8)])
 def test_compiled_for_a_gpu_no_call_is_dropped_or_moved(passes, calls):
     """4 inputs: 4 calls before the loop, 4 in its body."""
-    target = DESCRIPTIONS / "h200.txtpb"
-    run = subprocess.run(
-        [sys.executable, HERE / "compile_for_target.py", target, str(passes)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    hlo = run.stdout
+    hlo = targets.run(SCRIPT, "h200", str(passes))
     assert hlo.count('custom_call_target="mosaic_gpu_v2"') == calls
     entry = hlo[hlo.index("\nENTRY") :]
     assert entry.count('custom_call_target="mosaic_gpu_v2"') == 4

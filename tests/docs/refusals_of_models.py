@@ -13,6 +13,7 @@ from fp4jax.config_checks import validate
 from fp4jax.data.tokenizers import load_tokenizer
 from fp4jax.models.saved_run import read_saved
 from fp4jax.training.initial_weights import pretrained_parameters
+from fp4jax.training.schedule import settle
 from tests.docs.refusals import CASES, LINES, Call, Place, refused
 from tests.models import gguf_files, hf_folders
 
@@ -25,6 +26,9 @@ def with_config(**changes):
             group, _, name = key.rpartition("__")
             (config[group] if group else config)[name] = value
     return config
+
+
+THREE_DEVICES = {"mesh__data": 1, "mesh__tensor": 3, "model__num_heads": 6, "model__num_kv_heads": 3}
 
 
 # Configurations
@@ -41,6 +45,16 @@ CASES |= {
     "a mesh with two axes left open": lambda place: partial(validate, with_config(mesh__data=-1, mesh__fsdp=-1), 8),
     "a batch that microbatches do not divide": lambda place: partial(validate, with_config(microbatches=3)),
     "rows that blocks do not divide": lambda place: partial(validate, with_config(seq_len=100)),
+    "sequences that devices cannot share in whole blocks": lambda place: partial(
+        validate, with_config(model__sequence_sharding=True, seq_len=144, mesh__data=1, mesh__tensor=2), 2
+    ),
+    "devices that cannot share a sequence evenly": lambda place: partial(
+        validate, with_config(**THREE_DEVICES, model__vocab_size=4098, model__sequence_sharding=True), 3
+    ),
+    "shards that the batch does not hold": lambda place: partial(settle, with_config(recipe="averis+shards3")),
+    "shards of shared sequences": lambda place: partial(
+        settle, with_config(recipe="averis+shards8", model__sequence_sharding=True)
+    ),
 }
 
 

@@ -1,25 +1,20 @@
-"""Compiles `column_sums` for a GPU that is not there: `compile_for_target.py DESCRIPTION SHAPE`.
+"""Compiles `column_sums` for a GPU that is not there: `compile_for_target.py TARGET SHAPE`.
 
 One process for each program: Mosaic keeps compiled kernels without regard to the target.
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from fp4jax.numerics import NVFP4, QTensor
 from pallas_kernels.column_sums import column_sums
+from tests.pallas_kernels import targets
 
 
-def main(description: str, shape: str) -> None:
-    jax.devices()  # registers the plug-ins
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=Path(description).read_text()
-    )
-    device = topology.devices[0]
+def main(target: str, shape: str) -> None:
+    device = targets.device(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
     batch, rows, columns = map(int, shape.split(","))
 

@@ -6,18 +6,7 @@ import numpy as np
 import pytest
 
 from fp4jax.numerics import NVFP4, key_words, quantize_blocks
-from pallas_kernels import compat
 from pallas_kernels.column_sums import column_sums
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(True, id="interpreter", marks=pytest.mark.skipif(not compat.CAN_INTERPRET, reason="JAX 0.12")),
-        pytest.param(False, id="gpu", marks=pytest.mark.gpu),
-    ]
-)
-def interpret(request):
-    return request.param
 
 
 def quantized(shape, batch_dims=0, axis=-2):

@@ -1,26 +1,21 @@
-"""Compiles `dequant_matmul` for a GPU that is not there: `compile_for_target.py DESCRIPTION GEMM SIZES`.
+"""Compiles `dequant_matmul` for a GPU that is not there: `compile_for_target.py TARGET GEMM SIZES`.
 
 SIZES: tokens, inputs, outputs. GEMM: fprop, dgrad or wgrad. Prints the optimized HLO. One process for each program:
 Mosaic keeps compiled kernels without regard to the target.
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from fp4jax.numerics import NVFP4, QTensor
 from pallas_kernels.dequant_matmul import dequant_matmul
+from tests.pallas_kernels import targets
 
 
-def main(description: str, gemm: str, shape: str) -> None:
-    jax.devices()  # registers the plug-ins
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=Path(description).read_text()
-    )
-    device = topology.devices[0]
+def main(target: str, gemm: str, shape: str) -> None:
+    device = targets.device(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
     tokens, inputs, outputs = map(int, shape.split(","))
     x, d, w = (tokens, inputs), (tokens, outputs), (inputs, outputs)

@@ -14,16 +14,6 @@ from pallas_kernels import compat
 from pallas_kernels.dequant_matmul import dequant_matmul, misfit, unsupported_reason
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(True, id="interpreter", marks=pytest.mark.skipif(not compat.CAN_INTERPRET, reason="JAX 0.12")),
-        pytest.param(False, id="gpu", marks=pytest.mark.gpu),
-    ]
-)
-def interpret(request):
-    return request.param
-
-
 def quantized(shape, axes, seed, batch_dims=0, format=NVFP4):
     rng = np.random.default_rng([seed, *shape])
     x = jnp.asarray(rng.standard_normal(shape) * np.exp2(rng.uniform(-9, 2, (*shape[:-1], 1))), jnp.float32)

@@ -1,4 +1,4 @@
-"""Compiles a quantizer for a GPU that is not there: `compile_for_target.py DESCRIPTION KERNEL DTYPE SHAPE`.
+"""Compiles a quantizer for a GPU that is not there: `compile_for_target.py TARGET KERNEL DTYPE SHAPE`.
 
 KERNEL: rows, columns, 2d or copies, then any of stochastic, centered, hadamard, sums, joined by hyphens.
 
@@ -6,21 +6,16 @@ Prints the optimized HLO. One process for each program: Mosaic keeps compiled ke
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from pallas_kernels.quantize import quantize_2d, quantize_columns, quantize_copies, quantize_rows, unsupported_reason
+from tests.pallas_kernels import targets
 
 
-def main(description: str, kernel: str, dtype: str, shape: str) -> None:
-    jax.devices()  # registers the plug-ins
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=Path(description).read_text()
-    )
-    device = topology.devices[0]
+def main(target: str, kernel: str, dtype: str, shape: str) -> None:
+    device = targets.device(target)
     assert unsupported_reason(device) is None
     orientation, *variants = kernel.split("-")
     sharding = jax.sharding.SingleDeviceSharding(device)

@@ -8,10 +8,9 @@ import pytest
 from fp4jax.numerics import NVFP4, quantize_blocks
 from pallas_kernels import launch
 from pallas_kernels.quantize import quantize_2d
-from tests.pallas_kernels.quantize.test_quantize_rows import (  # noqa: F401 (a fixture)
+from tests.pallas_kernels.quantize.test_quantize_rows import (
     DTYPES,
     assert_same,
-    interpret,
     stream,
     values,
 )
@@ -21,7 +20,7 @@ def twin(x, **arguments):
     return jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(-2, -1), pack_axis=-2, **arguments))(x)
 
 
-def check(x, interpret, **arguments):  # noqa: F811
+def check(x, interpret, **arguments):
     got = quantize_2d(x, interpret=interpret, **arguments)
     assert_same(got, twin(x, **arguments))
     return got
@@ -34,12 +33,12 @@ SHAPES = [(16, 16), (32, 512), (48, 784), (33, 300), (1, 17), (2, 40, 528)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-def test_equals_its_twin(shape, dtype, stochastic, interpret):  # noqa: F811
+def test_equals_its_twin(shape, dtype, stochastic, interpret):
     check(values(shape, dtype), interpret, words=stream(stochastic))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-def test_each_matrix_of_a_batch_has_its_own_scale_and_noise(dtype, interpret):  # noqa: F811
+def test_each_matrix_of_a_batch_has_its_own_scale_and_noise(dtype, interpret):
     x = values((3, 32, 260), dtype) * jnp.asarray([1, 32, 2.0**-20], dtype)[:, None, None]
     got = check(x, interpret, batch_dims=1, words=stream(True))
     assert len(set(np.asarray(got.amax).ravel().tolist())) == 3
@@ -47,11 +46,11 @@ def test_each_matrix_of_a_batch_has_its_own_scale_and_noise(dtype, interpret):  
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("exponent", [-30, 0, 30])
-def test_across_magnitudes(dtype, exponent, interpret):  # noqa: F811
+def test_across_magnitudes(dtype, exponent, interpret):
     check(values((32, 48), dtype) * jnp.asarray(2.0**exponent, dtype), interpret)
 
 
-def test_the_largest_magnitude_of_a_block_may_lie_anywhere_in_it(interpret):  # noqa: F811
+def test_the_largest_magnitude_of_a_block_may_lie_anywhere_in_it(interpret):
     """256 blocks, each with its peak at another place: a lane that the maximum did not reach would show."""
     place = np.eye(256, dtype=np.float32).reshape(16, 16, 16, 16)  # [block down, block across, row, column]
     x = jnp.asarray((place * 100 + 1).transpose(0, 2, 1, 3).reshape(256, 256))
@@ -59,13 +58,13 @@ def test_the_largest_magnitude_of_a_block_may_lie_anywhere_in_it(interpret):  # 
     assert len(set(np.asarray(got.scales).ravel().tolist())) == 1
 
 
-def test_steps_of_one_thread_block(interpret, monkeypatch):  # noqa: F811
+def test_steps_of_one_thread_block(interpret, monkeypatch):
     monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
     monkeypatch.setattr(launch, "MOST_STEPS", 3)
     check(values((7 * 16, 272), jnp.bfloat16), interpret, words=stream(True))  # a shape of this test alone
 
 
-def test_golden_vector(interpret):  # noqa: F811
+def test_golden_vector(interpret):
     x = ((jnp.arange(512) * 7919 % 1009 - 504).astype(jnp.float32) / 64).reshape(16, 32)
     got = check(x, interpret)
     assert float(got.amax[0, 0]) == 7.875

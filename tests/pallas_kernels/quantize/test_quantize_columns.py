@@ -8,10 +8,9 @@ import pytest
 from fp4jax.numerics import NVFP4, hadamard, quantize_blocks
 from pallas_kernels import launch
 from pallas_kernels.quantize import quantize_columns
-from tests.pallas_kernels.quantize.test_quantize_rows import (  # noqa: F401 (a fixture)
+from tests.pallas_kernels.quantize.test_quantize_rows import (
     DTYPES,
     assert_same,
-    interpret,
     stream,
     values,
 )
@@ -31,7 +30,7 @@ def twin(x, *, center=None, transformed=False, **arguments):
     return jax.jit(quantized)(x)
 
 
-def check(x, interpret, *, transformed=False, **arguments):  # noqa: F811
+def check(x, interpret, *, transformed=False, **arguments):
     got = quantize_columns(x, interpret=interpret, hadamard=transformed, **arguments)
     assert_same(got, twin(x, transformed=transformed, **arguments))
     return got
@@ -44,7 +43,7 @@ SHAPES = [(16, 16), (48, 300), (33, 513), (2, 40, 528), (3, 16, 1041)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-def test_equals_its_twin(shape, dtype, stochastic, interpret):  # noqa: F811
+def test_equals_its_twin(shape, dtype, stochastic, interpret):
     check(values(shape, dtype), interpret, words=stream(stochastic))
 
 
@@ -52,7 +51,7 @@ def test_equals_its_twin(shape, dtype, stochastic, interpret):  # noqa: F811
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("centered", [False, True], ids=["", "centered"])
-def test_the_transform_is_the_projects(shape, dtype, stochastic, centered, interpret):  # noqa: F811
+def test_the_transform_is_the_projects(shape, dtype, stochastic, centered, interpret):
     center = values((*[1] * (len(shape) - 1), shape[-1]), jnp.float32, seed=1) if centered else None
     check(values(shape, dtype), interpret, transformed=True, center=center, words=stream(stochastic))
 
@@ -60,7 +59,7 @@ def test_the_transform_is_the_projects(shape, dtype, stochastic, centered, inter
 @pytest.mark.parametrize("of_sequences", [False, True], ids=["of the matrix", "of sequences"])
 @pytest.mark.parametrize("rows", [32, 24], ids=["whole blocks", "padded"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-def test_the_center_is_subtracted(of_sequences, rows, dtype, interpret):  # noqa: F811
+def test_the_center_is_subtracted(of_sequences, rows, dtype, interpret):
     x = values((2, 3, rows, 272), dtype)
     center = values((2, 3 if of_sequences else 1, 1, 272), jnp.float32, seed=1)
     got = check(x, interpret, center=center, batch_dims=1, words=stream(True))
@@ -69,27 +68,27 @@ def test_the_center_is_subtracted(of_sequences, rows, dtype, interpret):  # noqa
 
 @pytest.mark.parametrize("transformed", [False, True], ids=["", "transformed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-def test_each_matrix_of_a_batch_has_its_own_scale_and_noise(transformed, dtype, interpret):  # noqa: F811
+def test_each_matrix_of_a_batch_has_its_own_scale_and_noise(transformed, dtype, interpret):
     x = values((3, 32, 260), dtype) * jnp.asarray([1, 32, 2.0**-20], dtype)[:, None, None]
     got = check(x, interpret, batch_dims=1, transformed=transformed, words=stream(True))
     assert len(set(np.asarray(got.amax).ravel().tolist())) == 3
 
 
-def test_steps_of_one_thread_block(interpret, monkeypatch):  # noqa: F811
+def test_steps_of_one_thread_block(interpret, monkeypatch):
     monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
     monkeypatch.setattr(launch, "MOST_STEPS", 3)
     for transformed in (False, True):  # shapes of this test alone: jit keeps the others
         check(values((7 * 16, 257), jnp.bfloat16), interpret, transformed=transformed, words=stream(True))
 
 
-def test_signs_ties_and_underflow(interpret):  # noqa: F811
+def test_signs_ties_and_underflow(interpret):
     grid = np.array([0, -0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -2.5, -3.5, -5, 6], np.float32)
     blocks = np.stack([np.zeros(16), -np.zeros(16), grid, grid * 448 / 6, grid * 1e-7, -grid, grid * 2.0**-9])
     check(jnp.asarray(blocks.T, jnp.float32), interpret)
     check(jnp.asarray(blocks.T, jnp.bfloat16), interpret)
 
 
-def test_a_given_maximum_is_used(interpret):  # noqa: F811
+def test_a_given_maximum_is_used(interpret):
     amax = jnp.full((1, 1), 37.5)
     assert float(check(values((32, 48), jnp.bfloat16), interpret, amax=amax).amax[0, 0]) == 37.5
 
@@ -99,7 +98,7 @@ def test_a_given_maximum_is_used(interpret):  # noqa: F811
 @pytest.mark.parametrize("width", [1, 16, 255, 512, 1000])
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-def test_equals_its_twin_over_many_shapes(rows, width, dtype, stochastic, interpret):  # noqa: F811
+def test_equals_its_twin_over_many_shapes(rows, width, dtype, stochastic, interpret):
     check(values((rows, width), dtype), interpret, words=stream(stochastic), transformed=rows == 100)
 
 

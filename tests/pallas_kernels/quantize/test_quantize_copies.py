@@ -8,17 +8,16 @@ import pytest
 from fp4jax.numerics import NVFP4, hadamard, key_words, quantize_blocks
 from pallas_kernels import launch
 from pallas_kernels.quantize import quantize_copies
-from tests.pallas_kernels.quantize.test_quantize_rows import (  # noqa: F401 (a fixture)
+from tests.pallas_kernels.quantize.test_quantize_rows import (
     DTYPES,
     assert_same,
-    interpret,
     values,
 )
 
 WORDS = tuple(key_words(jax.random.key(seed)) for seed in (7, 8))
 
 
-def check(x, interpret, *, words=(None, None), center=None, transformed=False, batch_dims=0):  # noqa: F811
+def check(x, interpret, *, words=(None, None), center=None, transformed=False, batch_dims=0):
     given = {"words": words, "center": center, "hadamard": transformed, "batch_dims": batch_dims}
     got = quantize_copies(x, interpret=interpret, **given)
 
@@ -38,31 +37,31 @@ def check(x, interpret, *, words=(None, None), center=None, transformed=False, b
 
 @pytest.mark.parametrize("shape", [(16, 16), (32, 528), (48, 300)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-def test_equals_both_twins(shape, dtype, interpret):  # noqa: F811
+def test_equals_both_twins(shape, dtype, interpret):
     check(values(shape, dtype), interpret)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("transformed", [False, True], ids=["", "transformed"])
-def test_centered_and_stochastic_each_with_its_own_draws(transformed, dtype, interpret):  # noqa: F811
+def test_centered_and_stochastic_each_with_its_own_draws(transformed, dtype, interpret):
     center = values((2, 1, 1, 272), jnp.float32, seed=1)
     x = values((2, 2, 32, 272), dtype)
     check(x, interpret, words=WORDS, center=center, transformed=transformed, batch_dims=1)
 
 
 @pytest.mark.parametrize("drawn", [0, 1], ids=["rows", "columns"])
-def test_one_copy_may_be_stochastic(drawn, interpret):  # noqa: F811
+def test_one_copy_may_be_stochastic(drawn, interpret):
     words = tuple(WORDS[i] if i == drawn else None for i in range(2))
     check(values((32, 100), jnp.bfloat16), interpret, words=words)
 
 
-def test_steps_of_one_thread_block(interpret, monkeypatch):  # noqa: F811
+def test_steps_of_one_thread_block(interpret, monkeypatch):
     monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
     monkeypatch.setattr(launch, "MOST_STEPS", 3)
     check(values((7 * 16, 288), jnp.bfloat16), interpret, words=WORDS)  # a shape of this test alone
 
 
-def test_maxima_that_are_given_are_used(interpret):  # noqa: F811
+def test_maxima_that_are_given_are_used(interpret):
     amax = jnp.full((1, 1), 37.5), jnp.full((1, 1), 50.0)
     got = quantize_copies(values((32, 48), jnp.bfloat16), amax=amax, interpret=interpret)
     assert [float(copy.amax[0, 0]) for copy in got] == [37.5, 50.0]
@@ -70,7 +69,7 @@ def test_maxima_that_are_given_are_used(interpret):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-def test_sums_in_the_same_read(dtype, interpret, monkeypatch):  # noqa: F811
+def test_sums_in_the_same_read(dtype, interpret, monkeypatch):
     """Of two matrices of two sequences each; a thread block takes two blocks of rows, the last one less."""
     monkeypatch.setattr(launch, "MIN_THREAD_BLOCKS", 1)
     monkeypatch.setattr(launch, "MOST_STEPS", 2)

@@ -15,16 +15,6 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 needs_interpreter = pytest.mark.skipif(not compat.CAN_INTERPRET, reason="the GPU interpreter needs JAX 0.12")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(True, id="interpreter", marks=needs_interpreter),
-        pytest.param(False, id="gpu", marks=pytest.mark.gpu),
-    ]
-)
-def interpret(request):
-    return request.param
-
-
 def values(shape, dtype, seed=0):
     """Many magnitudes, so that blocks of one matrix use many scales, subnormal ones included."""
     rng = np.random.default_rng([seed, *shape])

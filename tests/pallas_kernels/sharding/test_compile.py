@@ -1,19 +1,16 @@
 """A linear layer on the kernels, compiled for 8 GPUs that are not there: no activation is gathered, whatever is cut."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fp4jax.plan import kernels
-from tests.pallas_kernels.quantize.test_compile import pytestmark  # noqa: F401
+from tests.pallas_kernels import targets
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[2]
+SCRIPT = Path(__file__).with_name("compile_for_target.py")
+pytestmark = targets.COMPILES
 # The elements of W, [1024, 3072], which data parallelism gathers; a shard of X or of a gradient has 2.7 times as many.
 WEIGHTS = 1024 * 3072
 
@@ -32,15 +29,7 @@ WEIGHTS = 1024 * 3072
 def compiled(request, tmp_path_factory):
     target, cut, most = request.param
     dump = tmp_path_factory.mktemp("mosaic")
-    run = subprocess.run(
-        [sys.executable, HERE / "compile_for_target.py", target, cut],
-        env={**os.environ, **kernels.environment(dump), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout, most, kernels.read(dump)
+    return targets.run(SCRIPT, target, cut, dump=dump), most, kernels.read(dump)
 
 
 def moved(program: str) -> list[int]:
