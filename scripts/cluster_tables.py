@@ -75,6 +75,18 @@ def _cluster_plans() -> list[dict]:
     return read("results/plan/clusters.json")["plans"]
 
 
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+
+
+def collectives() -> str:
+    """How often the devices of a small model's step talk to each other, by recipe."""
+    rows = [
+        (f"`{found['recipe']}`", *(str(found["collectives"].get(kind, {"count": 0})["count"]) for kind in KINDS))
+        for found in read("results/plan/statistics_on_eight.json")["plans"]
+    ]
+    return table(("recipe", *KINDS), rows)
+
+
 def layouts() -> str:
     """Eight devices against one: the first step, and all steps beside runs that began one ulp apart."""
     results = read("results/layouts/layouts.json")["results"]

@@ -19,6 +19,7 @@ from scripts.markdown import ROOT, read, table
 
 PAGES = (
     "RESULTS.md",
+    "docs/clusters.md",
     "docs/recipes.md",
     "docs/faults.md",
     "docs/benchmarks.md",
@@ -147,6 +148,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "clusters": cluster_tables.clusters,
     "scaling": cluster_tables.scaling,
     "layouts": cluster_tables.layouts,
+    "collectives": cluster_tables.collectives,
     "mean_over_training": mean_over_training,
 }
 
