@@ -8,10 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from fp4jax import scopes
 from fp4jax.hardware import Hardware, current
+
+EVERY_SEGMENT = -1
+"""The segment of tokens that all tokens behind them attend to, whatever their own."""
 
 _CUDNN_LEAST_CAPABILITY = (8, 0)
 _CUDNN_LARGEST_HEAD, _CUDNN_HEAD_MULTIPLE = 128, 8
@@ -77,7 +80,7 @@ def causal_attention(
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads, in the operands' dtype with a float32 softmax.
 
-    With segments a token attends to the tokens before it that are in its own segment.
+    With segments a token attends to the tokens before it that are in its own segment or in EVERY_SEGMENT.
 
     Args:
       implementation: "xla", which holds the scores [B, N, T, T]; "cudnn", which holds a tile of them, and with
@@ -90,11 +93,16 @@ def causal_attention(
     _, length, _, head_dim = q_BxTxNxH.shape
     odd_mask = segments_BxT is not None and length % 2 == 1
     implementation = attention_implementation(implementation, q_BxTxNxH.dtype, head_dim, current(), odd_mask)
-    mask = None if segments_BxT is None else (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
+    mask = None if segments_BxT is None else _segment_mask(segments_BxT)
     with scopes.of_step_part("attention"):
         return jax.nn.dot_product_attention(
             q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask, is_causal=True, implementation=implementation
         )
+
+
+def _segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+    of_query, of_key = segments_BxT[:, None, :, None], segments_BxT[:, None, None, :]
+    return (of_query == of_key) | (of_key == EVERY_SEGMENT)
 
 
 def attention_implementation(

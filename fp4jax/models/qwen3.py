@@ -258,7 +258,8 @@ class Qwen3(nnx.Module):
           weights: what `prepare_weights` returned for these parameters; None prepares them on the way.
           monitor: takes statistics of the linear layers it has probes for (`self.probes()`), which needs `weights`, and
             of the routing, if there is one.
-          segment_ids: the document that each token belongs to: attention stays inside it. None: all are of one.
+          segment_ids: the document that each token belongs to: attention stays inside it, but for tokens of
+            `layers.EVERY_SEGMENT`, which all behind them see. None: all are of one.
           positions: of each token in its document; None: in the sequence.
         """
         hidden = self.hidden(

@@ -62,6 +62,13 @@ def greedy_continuation(context):
     return [int(np.asarray(full_logits()(jnp.asarray(padded)))[0, len(context) - 1].argmax())]
 
 
+BATCH = Scorer._batch
+
+
+def greedy(*context):
+    return greedy_continuation(list(context))[0]
+
+
 def check(scorer):
     asked = pairs()
     asked.append((asked[0][0], greedy_continuation(asked[0][0])))
@@ -85,6 +92,24 @@ def test_likelihoods_and_one_compilation_for_each_bucket(monkeypatch):
     (found,) = scorer([([9] * 30 + context, continuation)])
     assert abs(found.log_likelihood - plain([9] * 5 + context, continuation)[0]) < 1e-4
     assert sum(shape[0] == 3 for shape in traces) == 3
+
+
+def answers(context, *sizes):
+    rng = np.random.default_rng(len(context))
+    return [(context, rng.integers(0, 64, size).tolist()) for size in sizes]
+
+
+def test_continuations_of_one_context_are_scored_in_one_pass(monkeypatch):
+    passed = []
+    monkeypatch.setattr(Scorer, "_batch", lambda self, rows: passed.append(rows) or BATCH(self, rows))
+    asked = [*answers([7, 8, 9, 10], 1, 1, 20, 3), *answers([3] * 30, 5, 1, 9), ([7, 8, 9, 10], [greedy(7, 8, 9, 10)])]
+    found = Scorer(*frozen(), batch_size=2, max_length=64)(asked)
+    for likelihood, pair in zip(found, asked, strict=True):
+        expected, is_greedy = plain(*pair)
+        assert abs(likelihood.log_likelihood - expected) < 1e-4 and likelihood.is_greedy == is_greedy
+    assert found[-1].is_greedy
+    # 4 + 21 and 30 + 12 inputs, and the fifth continuation of a context of four tokens by itself.
+    assert sorted(len(row) for rows in passed for row in rows) == [4, 25, 42]
 
 
 @pytest.mark.slow
