@@ -6,12 +6,14 @@ import pytest
 
 from fp4jax.analysis.sensitivity.inputs import Amount, trained
 from fp4jax.models.qwen3_moe import EXPERTS, LINEARS
+from fp4jax.plan.program import Executions
+from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.statistics import FORWARD_STATISTICS
 from fp4jax.training.health import health_table, make_health_step
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.metrics import read_metrics
 from fp4jax.training.optimizer import make_optimizer
-from fp4jax.training.state import create_state, model_template
+from fp4jax.training.state import create_state, model_template, sharded_abstract_params
 from fp4jax.training.step import loss_and_gradients
 from tests import contract
 from tests.training.test_loop import Killed, final_state, kill_at
@@ -76,12 +78,14 @@ def test_router_is_trained_to_balance_and_the_loss_stays_that_of_the_tokens(moe_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize(
     "mesh",
     [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 4, "tensor": 2}],
     ids=str,
 )
-def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config, batch, mesh):
+def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config, batch, mesh, groups):
+    moe_config.model.moe.groups = groups
     loss, gradients, routing = differentiated(moe_config, batch)
     moe_config.mesh.update(mesh)
     mesh_loss, on_mesh, mesh_routing = differentiated(moe_config, batch)
@@ -90,6 +94,27 @@ def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config,
         np.testing.assert_allclose(mesh_routing[name], value, rtol=1e-5, err_msg=name)
     for name, value in gradients.items():
         assert np.linalg.norm(on_mesh[name] - value) <= 1e-4 * np.linalg.norm(value), name
+
+
+def moved(config, batch):
+    """(collectives, arrays that are gathered) of the first step's loss and gradients."""
+    mesh, template = make_mesh(config.mesh), model_template(config)
+
+    def run(params, batch):
+        return loss_and_gradients(1, template, mesh, params, batch, jax.random.key(0))[:2]
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(sharded_abstract_params(template, mesh), put_batch(batch, mesh))
+        program = Program(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+    executions = Executions(program)
+    return executions.collectives(), executions.gathers()
+
+
+def test_tokens_in_groups_travel_by_all_to_all_and_are_gathered_nowhere(moe_config, batch):
+    moe_config.mesh.update({"fsdp": 2, "expert": 4})
+    moe_config.model.moe.groups = 8
+    collectives, gathered = moved(moe_config, batch)
+    print(collectives, gathered)
 
 
 @pytest.mark.slow
