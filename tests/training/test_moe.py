@@ -97,7 +97,7 @@ def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config,
 
 
 def moved(config, batch):
-    """(collectives, arrays that are gathered) of the first step's loss and gradients."""
+    """(bytes that all-to-alls move, dimensions of all arrays of floats that are gathered) by loss and gradients."""
     mesh, template = make_mesh(config.mesh), model_template(config)
 
     def run(params, batch):
@@ -107,14 +107,26 @@ def moved(config, batch):
         lowered = jax.jit(run).lower(sharded_abstract_params(template, mesh), put_batch(batch, mesh))
         program = Program(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
     executions = Executions(program)
-    return executions.collectives(), executions.gathers()
+    gathered = {dimensions(array) for array in executions.gathers() if array.startswith("f32")}
+    return executions.collectives()["all-to-all"]["bytes"], gathered
+
+
+def dimensions(array):
+    """Of "f32[1,64,32]": (32, 64)."""
+    return tuple(sorted(int(size) for size in array[4:-1].split(",") if size != "1"))
 
 
 def test_tokens_in_groups_travel_by_all_to_all_and_are_gathered_nowhere(moe_config, batch):
+    """Two ways, and both again for the cotangents; the rest is masks, and the embedding's rows."""
     moe_config.mesh.update({"fsdp": 2, "expert": 4})
+    shapes = model_template(moe_config).abstract.values()
+    of_parameters = {tuple(sorted(size for size in leaf.shape[-2:] if size != 1)) for leaf in shapes}
+    assert not moved(moe_config, batch)[1] <= of_parameters
     moe_config.model.moe.groups = 8
-    collectives, gathered = moved(moe_config, batch)
-    print(collectives, gathered)
+    sent, gathered = moved(moe_config, batch)
+    slots = 4 * 16 * 32 * 4  # of a device's group: experts x slots x width x bytes
+    assert 4 * slots <= sent < 5 * slots
+    assert gathered <= of_parameters
 
 
 @pytest.mark.slow
