@@ -1,6 +1,7 @@
 """Which token goes to which expert: top-k routing, slots of a fixed capacity, and the way there and back.
 
-Shapes: S tokens of a microbatch, flattened; E experts; J experts that a token chooses; C slots of an expert; D hidden.
+Shapes: S tokens of a microbatch or of a group of it, flattened; E experts; J experts that a token chooses; C slots of
+an expert; D hidden.
 
 Tokens take an expert's slots in their own order, the earlier token first; who finds none is dropped by that expert.
 Slots are a partial permutation of the S x J choices, so both ways, and their cotangents, are gathers: no sum depends on

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fp4jax.dot import dot_general
 from fp4jax.models import exchange
 from fp4jax.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from fp4jax.policy import policy
@@ -56,6 +57,17 @@ def test_groups_change_nothing_where_every_token_finds_a_slot():
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
     assert sums["dropped"] == sums_of_eight["dropped"] == 0
     np.testing.assert_array_equal(sums["choices"], sums_of_eight["choices"])
+
+
+def test_an_expert_has_one_mean_and_scale_over_the_taken_slots_of_all_groups():
+    """With free slots between the groups, whatever they hold, as without them."""
+    taken = jnp.arange(48) % 16 < 5
+    rows = jnp.asarray(np.random.default_rng(5).integers(-64, 64, (48, 32)) / 64 + 3, jnp.float32)
+    kernel = jax.random.normal(jax.random.key(6), (1, 32, 16))
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    product = contract.jit(lambda x, mask=None: dot_general(x, kernel, numbers, recipe="averis+nearest", row_mask=mask))
+    found = product(jnp.where(taken[:, None], rows, jnp.nan)[None], taken[None])[0, taken]
+    np.testing.assert_allclose(found, product(rows[taken][None])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_sequences_that_groups_do_not_divide():
