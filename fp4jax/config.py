@@ -102,13 +102,16 @@ def _model() -> dict:
 def _moe() -> dict:
     """Of "qwen3_moe" alone. `capacity`: slots of an expert over the tokens it would get if all got the same, as text
     ("1.25"), or "full": a slot for every token, so that none is dropped. `norm_topk_prob`: the weights of a token's
-    experts sum to one. `router_loss_coefficient`: of the load-balancing loss.
+    experts sum to one. `groups`: parts of a microbatch, each of whole sequences and with slots of its own: where every
+    device holds whole ones, tokens travel to their experts by an all-to-all (docs/moe.md). `router_loss_coefficient`:
+    of the load-balancing loss.
     """
     return {
         "num_experts": 8,
         "num_experts_per_token": 2,
         "norm_topk_prob": True,
         "capacity": "1.25",
+        "groups": 1,
         "router_loss_coefficient": 0.001,
     }
 

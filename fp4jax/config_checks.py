@@ -56,6 +56,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int | None = None)
             f"batch_size={config.batch_size} is not divisible by microbatches={config.microbatches}; "
             f"use microbatches={math.gcd(config.batch_size, config.microbatches)} or another batch_size"
         )
+    _check_groups(config.model.moe.groups, config.batch_size // config.microbatches)
     if device_count is not None:
         _check_mesh(config, mesh_shape(config.mesh, device_count))
 
@@ -82,7 +83,7 @@ POSITIVE = (
     *("log.every", "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "data.prefetch"),
     *(f"model.{size}" for size in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")),
     *(f"model.{size}" for size in ("head_dim", "intermediate_size", "rope_theta", "rms_norm_eps", "init_std")),
-    *("model.moe.num_experts", "model.moe.num_experts_per_token"),
+    *("model.moe.num_experts", "model.moe.num_experts_per_token", "model.moe.groups"),
 )
 NOT_NEGATIVE = (
     *("seed", "health.every", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluation.batches"),
@@ -160,6 +161,14 @@ def _check_moe(model: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_groups(groups: int, sequences: int) -> None:
+    if sequences % groups:
+        raise ConfigError(
+            f"model.moe.groups={groups} does not divide the {sequences} sequences of a microbatch; "
+            f"use model.moe.groups={math.gcd(groups, sequences)} or another batch_size"
+        )
+
+
 def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> None:
     _check_experts(config.model, sizes["expert"])
     rows = config.batch_size // config.microbatches
@@ -167,10 +176,14 @@ def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> 
     if rows % shards:
         microbatches = f" / microbatches={config.microbatches}" if config.microbatches > 1 else ""
         multiple = math.ceil(rows / shards) * shards * config.microbatches
-        split = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in BATCH_AXES)
         raise ConfigError(
-            f"batch_size={config.batch_size}{microbatches} gives {rows} sequences for {split}; "
+            f"batch_size={config.batch_size}{microbatches} gives {rows} sequences for {_split(sizes)}; "
             f"use batch_size={multiple} or a smaller mesh"
+        )
+    if config.model.moe.groups > 1 and config.model.moe.groups % shards:
+        raise ConfigError(
+            f"model.moe.groups={config.model.moe.groups} for {_split(sizes)}: every device needs whole groups; "
+            f"use model.moe.groups={shards} or, which gathers all tokens, 1"
         )
     for size in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
         _check_divides(config.model, size, sizes, ("tensor",))
@@ -180,6 +193,10 @@ def _check_mesh(config: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> 
     if config.backend == "pallas":
         _check_whole_blocks(config.model, "intermediate_size", sizes, ("tensor",))
         _check_whole_blocks(config.model, "hidden_size", sizes, ("fsdp", "expert"))
+
+
+def _split(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in BATCH_AXES)
 
 
 def _check_sequence(seq_len: int, devices: int) -> None:

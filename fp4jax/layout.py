@@ -6,7 +6,7 @@ vocabulary and, where sequences are sharded, the tokens of the activations in be
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax import lax
@@ -133,6 +133,18 @@ def rows_everywhere[Tree](tree: Tree) -> Tree:
     whole = PartitionSpec()
     pinned = jax.jit(jax.shard_map(lambda row: row, in_specs=whole, out_specs=whole, axis_names=over))
     return jax.tree.map(lambda row: pinned(row) if math.prod(row.shape[:-1]) == 1 else row, tree)
+
+
+def by_batch_shard(rowwise: Callable[[Array], Array], rows: Array) -> Array:
+    """`rowwise(rows)`, whose rows depend on the same rows alone: every device takes those of its part of the batch.
+
+    For operations that the compiler cannot split itself. It may, where the devices do not divide the rows.
+    """
+    over = tuple(name for name, size in auto_axes().items() if name in BATCH_AXES and size > 1)
+    if not over or len(rows) % batch_shards():
+        return rowwise(rows)
+    split = PartitionSpec(over)
+    return jax.jit(jax.shard_map(rowwise, in_specs=split, out_specs=split, axis_names=set(over)))(rows)
 
 
 def auto_axes() -> dict[str, int]:

@@ -57,6 +57,7 @@ def test_defaults_are_valid_and_locked():
         ("model.dtype", "float16", "model.dtype='float16' is unknown; accepted: bfloat16, float32"),
         ("model.num_kv_heads", 3, "model.num_heads=4 is not divisible by model.num_kv_heads=3"),
         ("model.head_dim", 63, "model.head_dim=63 is odd"),
+        ("model.moe.groups", 0, "model.moe.groups=0: must be at least 1"),
         ("model.moe.num_experts", 0, "model.moe.num_experts=0: must be at least 1"),
         (
             "model.moe.num_experts",
@@ -150,11 +151,29 @@ def test_missing_key_is_named():
             "x mesh.expert=4; use mesh.expert=2",
         ),
         (MOE | {"mesh__expert": 4, "batch_size": 6}, 8, "mesh.fsdp=1 x mesh.expert=4; use batch_size=8 or a smaller"),
+        (
+            MOE | {"model__moe__groups": 3},
+            1,
+            "model.moe.groups=3 does not divide the 8 sequences of a microbatch; use model.moe.groups=1 or another",
+        ),
+        (
+            MOE | {"model__moe__groups": 2, "mesh__fsdp": 2, "mesh__expert": 4},
+            8,
+            "model.moe.groups=2 for mesh.data=1 x mesh.fsdp=2 x mesh.expert=4: every device needs whole groups; "
+            "use model.moe.groups=8 or, which gathers all tokens, 1",
+        ),
     ],
 )
 def test_mesh_that_does_not_fit(overrides, devices, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         validate(config_with(**overrides), device_count=devices)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_groups_that_fit_a_mesh(groups):
+    """One group is no group: any mesh may split it."""
+    config = config_with(**MOE, model__moe__groups=groups, mesh__fsdp=2, mesh__expert=2)
+    validate(config, device_count=4)
 
 
 def test_advice_of_the_batch_error_is_accepted():

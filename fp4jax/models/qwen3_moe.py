@@ -5,8 +5,8 @@ under the recipe as one product with a batch axis of experts, and go by the path
 "up_proj" and "down_proj": a layer's experts share a recipe, and each has its own means and tensor scales, over the
 tokens that it received. The router works in float32.
 
-An expert has a fixed number of slots. A token that finds none free passes that expert by: its other experts and the
-residual connection are what remains.
+An expert has a fixed number of slots for each group of tokens (`exchange`). A token that finds none free passes that
+expert by: its other experts and the residual connection are what remains.
 """
 
 import dataclasses
@@ -20,14 +20,22 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from fp4jax.layout import place
-from fp4jax.models import wire
+from fp4jax.models import exchange, wire
 from fp4jax.models.layers import swiglu
 from fp4jax.models.qwen3 import LINEARS as DENSE_LINEARS
 from fp4jax.models.qwen3 import Block, Qwen3, Qwen3Config
-from fp4jax.models.routing import assign_slots, choose, combine, dispatch, load_balancing_loss, routing_sums
+from fp4jax.models.routing import (
+    Slots,
+    assign_slots,
+    choose,
+    combine,
+    dispatch,
+    load_balancing_loss,
+    routing_sums,
+)
 from fp4jax.statistics import Monitor
 
 EXPERTS = ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj")
@@ -35,8 +43,6 @@ LINEARS = (*DENSE_LINEARS[:4], *EXPERTS)
 
 FULL = "full"
 """A capacity: slots for every token in every expert, so that none is dropped."""
-
-_TOKENS_OF_A_BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,8 @@ class Qwen3MoEConfig(Qwen3Config):
     Attributes:
       norm_topk_prob: whether the weights of a token's experts are made to sum to one.
       capacity: slots of an expert over the tokens it would get if all got the same, a number such as "1.25"; or "full".
+      groups: of whole sequences, in which a microbatch's tokens are routed: each has slots of its own in every expert.
+        Of a call whose sequences they do not divide, the greatest common divisor.
       router_loss_coefficient: of the load-balancing loss in the loss that is trained.
     """
 
@@ -55,6 +63,7 @@ class Qwen3MoEConfig(Qwen3Config):
     num_experts_per_token: int
     norm_topk_prob: bool = True
     capacity: str = FULL
+    groups: int = 1
     router_loss_coefficient: float = 0.001
 
     def __post_init__(self):
@@ -63,6 +72,8 @@ class Qwen3MoEConfig(Qwen3Config):
             raise ValueError(
                 f"num_experts_per_token={self.num_experts_per_token} must be from 1 to num_experts={self.num_experts}"
             )
+        if self.groups < 1:
+            raise ValueError(f"groups must be at least 1, got {self.groups}")
         if self.capacity != FULL and not _positive_number(self.capacity):
             raise ValueError(f"capacity must be {FULL!r} or a number above 0 such as '1.25', got {self.capacity!r}")
 
@@ -73,11 +84,11 @@ class Qwen3MoEConfig(Qwen3Config):
         return cls(**dense, **model.moe)
 
     def slots(self, tokens: int) -> int:
-        """Slots of an expert for so many tokens: capacity x tokens x chosen / experts, up to a multiple of 16."""
+        """Slots of an expert for a group's tokens: capacity x tokens x chosen / experts, up to a multiple of 16."""
         if self.capacity == FULL:
             return tokens
         fair = Fraction(self.capacity) * tokens * self.num_experts_per_token / self.num_experts
-        return min(math.ceil(fair / _TOKENS_OF_A_BLOCK) * _TOKENS_OF_A_BLOCK, tokens)
+        return min(math.ceil(fair / exchange.BLOCK) * exchange.BLOCK, tokens)
 
 
 def _positive_number(text: str) -> bool:
@@ -139,20 +150,25 @@ class MoEBlock(Block):
         real_BxT = linears.keywords["row_mask"]
         real_S = None if real_BxT is None else real_BxT.reshape(-1)
         x_SxD = x_BxTxD.reshape(-1, c.hidden_size)
+        groups = exchange.groups_of(c.groups, len(x_BxTxD))
+        by_group = functools.partial(exchange.by_group, groups=groups)
         choices = choose(self.mlp.router(x_SxD), c.num_experts_per_token, c.norm_topk_prob, real_S)
-        slots = assign_slots(choices.experts, c.num_experts, c.slots(len(x_SxD)))
+        choices = jax.tree.map(by_group, choices)
+        slots = _assign_slots(choices.experts, c.num_experts, c.slots(len(x_SxD) // groups))
         if monitor is not None:
-            monitor.routing = routing_sums(choices, slots)
-        linears = functools.partial(linears, row_mask=slots.row_mask)
-        gate_ExCxF, up_ExCxF = linears(EXPERTS[:2], _at_experts(dispatch(x_SxD, slots)))
-        y_ExCxD = _at_experts(linears(EXPERTS[2:], swiglu(gate_ExCxF, up_ExCxF))[0])
-        y_SxD = place(combine(y_ExCxD, choices.weights, slots), ("batch", None))
+            monitor.routing = jax.tree.map(lambda sums: jnp.sum(sums, axis=0), jax.vmap(routing_sums)(choices, slots))
+        linears = functools.partial(linears, row_mask=exchange.to_experts(slots.row_mask))
+        rows_ExNxD = exchange.to_experts(jax.vmap(dispatch)(by_group(x_SxD), slots))
+        gate_ExNxF, up_ExNxF = linears(EXPERTS[:2], rows_ExNxD)
+        y_ExNxD = linears(EXPERTS[2:], swiglu(gate_ExNxF, up_ExNxF))[0]
+        y_GxSxD = jax.vmap(combine)(exchange.to_groups(y_ExNxD, groups), choices.weights, slots)
+        y_SxD = place(y_GxSxD.reshape(x_SxD.shape), ("batch", None))
         return y_SxD.astype(x_BxTxD.dtype).reshape(x_BxTxD.shape)
 
 
-def _at_experts(rows_ExCxD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
-    """Every expert's rows where its kernels are; the devices that share an expert share its slots, in whole blocks."""
-    return place(rows_ExCxD, ("expert", "slots", None), (1, _TOKENS_OF_A_BLOCK, 1))
+def _assign_slots(experts_GxSxJ: Int32[Array, "G S J"], num_experts: int, capacity: int) -> Slots:
+    """`assign_slots` for every group by itself."""
+    return jax.vmap(functools.partial(assign_slots, num_experts=num_experts, capacity=capacity))(experts_GxSxJ)
 
 
 class Qwen3MoE(Qwen3):

@@ -1,6 +1,7 @@
 """Which token goes to which expert: top-k routing, slots of a fixed capacity, and the way there and back.
 
-Shapes: S tokens of a microbatch, flattened; E experts; J experts that a token chooses; C slots of an expert; D hidden.
+Shapes: S tokens of a microbatch or of a group of it, flattened; E experts; J experts that a token chooses; C slots of
+an expert; D hidden.
 
 Tokens take an expert's slots in their own order, the earlier token first; who finds none is dropped by that expert.
 Slots are a partial permutation of the S x J choices, so both ways, and their cotangents, are gathers: no sum depends on
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from fp4jax.layout import by_batch_shard
 
 
 @jax.tree_util.register_dataclass
@@ -62,13 +65,19 @@ def choose(
         # Before the softmax, so that not even a NaN in padding has a gradient.
         logits_SxE = jnp.where(real_S[:, None], logits_SxE, 0.0)
     probabilities_SxE = jax.nn.softmax(logits_SxE, axis=-1)
-    weights_SxJ, experts_SxJ = lax.top_k(probabilities_SxE, num_chosen)
+    experts_SxJ = _likeliest(lax.stop_gradient(probabilities_SxE), num_chosen)
+    weights_SxJ = jnp.take_along_axis(probabilities_SxE, experts_SxJ, axis=1, mode="promise_in_bounds")
     if normalize:
         weights_SxJ = weights_SxJ / jnp.sum(weights_SxJ, axis=-1, keepdims=True)
     if real_S is not None:
         experts_SxJ = jnp.where(real_S[:, None], experts_SxJ, logits_SxE.shape[1])
         probabilities_SxE = jnp.where(real_S[:, None], probabilities_SxE, 0.0)
     return Choices(experts_SxJ, weights_SxJ, probabilities_SxE)
+
+
+def _likeliest(probabilities_SxE, num_chosen):
+    # By the devices that have the tokens: the compiler would gather what it takes the largest of.
+    return by_batch_shard(lambda rows: lax.top_k(rows, num_chosen)[1], probabilities_SxE)
 
 
 def assign_slots(experts_SxJ: Int32[Array, "S J"], num_experts: int, capacity: int) -> Slots:

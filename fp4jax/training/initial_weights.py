@@ -12,7 +12,7 @@ from fp4jax.models.pretrained import LoadedModel, MissingTokenizer, load_paramet
 from fp4jax.models.registry import MODELS, name_of
 
 # What a run may choose for itself, whatever the weights were trained with.
-_FREE = ("init_std", "dtype", "remat", "attention", "capacity", "router_loss_coefficient")
+_FREE = ("init_std", "dtype", "remat", "attention", "capacity", "groups", "router_loss_coefficient")
 # Two tokenizers that agree on this and on the end of a text are taken for the same: letters, digits, scripts, spaces.
 _PROBE = "The 1,024 states' (e.g. Wisconsin's) naïve façade — 東京,\n\n\tdon't  re-read: x_1 += 3.14; 🙂"
 

@@ -6,12 +6,14 @@ import pytest
 
 from fp4jax.analysis.sensitivity.inputs import Amount, trained
 from fp4jax.models.qwen3_moe import EXPERTS, LINEARS
+from fp4jax.plan.program import Executions
+from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.statistics import FORWARD_STATISTICS
 from fp4jax.training.health import health_table, make_health_step
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.metrics import read_metrics
 from fp4jax.training.optimizer import make_optimizer
-from fp4jax.training.state import create_state, model_template
+from fp4jax.training.state import create_state, model_template, sharded_abstract_params
 from fp4jax.training.step import loss_and_gradients
 from tests import contract
 from tests.training.test_loop import Killed, final_state, kill_at
@@ -76,12 +78,14 @@ def test_router_is_trained_to_balance_and_the_loss_stays_that_of_the_tokens(moe_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize(
     "mesh",
     [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 4, "tensor": 2}],
     ids=str,
 )
-def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config, batch, mesh):
+def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config, batch, mesh, groups):
+    moe_config.model.moe.groups = groups
     loss, gradients, routing = differentiated(moe_config, batch)
     moe_config.mesh.update(mesh)
     mesh_loss, on_mesh, mesh_routing = differentiated(moe_config, batch)
@@ -90,6 +94,39 @@ def test_on_eight_devices_nothing_changes_but_the_order_of_additions(moe_config,
         np.testing.assert_allclose(mesh_routing[name], value, rtol=1e-5, err_msg=name)
     for name, value in gradients.items():
         assert np.linalg.norm(on_mesh[name] - value) <= 1e-4 * np.linalg.norm(value), name
+
+
+def moved(config, batch):
+    """(bytes that all-to-alls move, dimensions of all arrays of floats that are gathered) by loss and gradients."""
+    mesh, template = make_mesh(config.mesh), model_template(config)
+
+    def run(params, batch):
+        return loss_and_gradients(1, template, mesh, params, batch, jax.random.key(0))[:2]
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(sharded_abstract_params(template, mesh), put_batch(batch, mesh))
+        program = Program(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+    executions = Executions(program)
+    gathered = {dimensions(array) for array in executions.gathers() if array.startswith("f32")}
+    return executions.collectives()["all-to-all"]["bytes"], gathered
+
+
+def dimensions(array):
+    """Of "f32[1,64,32]": (32, 64)."""
+    return tuple(sorted(int(size) for size in array[4:-1].split(",") if size != "1"))
+
+
+def test_tokens_in_groups_travel_by_all_to_all_and_are_gathered_nowhere(moe_config, batch):
+    """Two ways, and both again for the cotangents; the rest is masks, and the embedding's rows."""
+    moe_config.mesh.update({"fsdp": 2, "expert": 4})
+    shapes = model_template(moe_config).abstract.values()
+    of_parameters = {tuple(sorted(size for size in leaf.shape[-2:] if size != 1)) for leaf in shapes}
+    assert not moved(moe_config, batch)[1] <= of_parameters
+    moe_config.model.moe.groups = 8
+    sent, gathered = moved(moe_config, batch)
+    slots = 4 * 16 * 32 * 4  # of a device's group: experts x slots x width x bytes
+    assert 4 * slots <= sent < 5 * slots
+    assert gathered <= of_parameters
 
 
 @pytest.mark.slow
