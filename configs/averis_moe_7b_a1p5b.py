@@ -42,6 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.moe.norm_topk_prob = True
     config.model.moe.capacity = "1.25"  # assumed
     config.model.moe.router_loss_coefficient = 0.001  # assumed
+    # A group for every sequence of a microbatch: what a device has of a batch is whole groups on any mesh.
+    config.model.moe.groups = config.get_oneway_ref("batch_size") // config.get_oneway_ref("microbatches")
 
     config.optimizer.learning_rate = 4e-4  # assumed
     config.optimizer.warmup_steps = 2000  # assumed

@@ -2,13 +2,18 @@
 
     PYTHONPATH=. python experiments/layouts.py --out=results/layouts/layouts.json [--recipes=bf16,nvfp4] [--steps=20]
 
-Eight CPU devices, a Qwen3 of two layers and 0.4 million parameters and a Qwen3-MoE of its size, sequences of 64 tokens,
-batches of 8, float32 activations; meshes called "sequence" shard sequences over `tensor`, too. For every recipe, on one
-device and on every mesh: the first step from the same state (loss, gradients), and the losses of STEPS steps. Rounding
-is discontinuous, so runs in FP4 part after a few steps whatever the layout: the yardstick is the envelope of five runs
-on one device whose embedding was moved by one ulp, each in another direction.
+Eight CPU devices, a Qwen3 of two layers and 0.4 million parameters and a Qwen3-MoE of its size, its tokens routed in
+one group and in eight, sequences of 64 tokens, batches of 8, float32 activations; meshes called "sequence" shard
+sequences over `tensor`, too. For every recipe, on one device and on every mesh: the first step from the same state
+(loss, gradients), and the losses of STEPS steps. Rounding is discontinuous, so runs in FP4, and in bfloat16, part
+after a few steps whatever the layout: the yardstick is the envelope of five runs on one device whose embedding was
+moved by an ulp, each in another direction.
+
+Products are XLA's own. YNNPACK, to which JAX 0.12 hands small ones on CPUs, adds up in another order for one sequence
+than for eight, so that attention on eight devices begins with other bits; `--ynnpack` leaves it on.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -27,20 +32,25 @@ from fp4jax.training.optimizer import make_optimizer
 from fp4jax.training.state import TrainState, create_state, model_template, on_mesh, state_shardings
 from fp4jax.training.step import loss_and_gradients, training_key
 
+WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""Compiler options."""
+
 DEVICES = 8
 RECIPES = ("float32", "bf16", "nvfp4", "averis", "averis_centered")
 """`float32` is the recipe `bf16`, without quantization, on float32 activations; `bf16` has bfloat16 ones."""
 
+_OF_EXPERTS = {
+    "expert": mesh_of(expert=4), "mixed": mesh_of(fsdp=2, expert=2, tensor=2),
+    "sequence mixed": mesh_of(fsdp=2, expert=2, tensor=2),
+}  # fmt: skip
 MESHES = {
     "qwen3": {
         "data": mesh_of(data=8), "fsdp": mesh_of(fsdp=8), "tensor": mesh_of(tensor=8),
         "mixed": mesh_of(data=2, fsdp=2, tensor=2),
         "sequence": mesh_of(data=2, tensor=4), "sequence mixed": mesh_of(data=2, fsdp=2, tensor=2),
     },
-    "qwen3_moe": {
-        "expert": mesh_of(expert=4), "mixed": mesh_of(fsdp=2, expert=2, tensor=2),
-        "sequence mixed": mesh_of(fsdp=2, expert=2, tensor=2),
-    },
+    "qwen3_moe": _OF_EXPERTS,
+    "qwen3_moe, 8 groups": _OF_EXPERTS,
 }  # fmt: skip
 SHARDED_SEQUENCES = ("sequence", "sequence mixed")
 """The names of those under `model.sequence_sharding`."""
@@ -52,16 +62,17 @@ PERTURBED = 5
 def config_of(model: str, recipe: str) -> ml_collections.ConfigDict:
     """Two layers of width 128 under a recipe."""
     config = default_config()
-    config.model.name = model
+    config.model.name = model.partition(",")[0]
     config.recipe = "bf16" if recipe == "float32" else recipe
     config.batch_size, config.seq_len, config.steps = 8, 64, 100
     config.model.update(
         {"vocab_size": 512, "hidden_size": 128, "num_layers": 2, "num_heads": 8, "num_kv_heads": 8, "head_dim": 16}
         | {"intermediate_size": 256, "dtype": "bfloat16" if recipe == "bf16" else "float32"}
     )
-    if model == "qwen3_moe":
+    if config.model.name == "qwen3_moe":
         config.model.intermediate_size = 128
         config.model.moe.num_experts = 4
+        config.model.moe.groups = 8 if "groups" in model else 1
     config.optimizer.warmup_steps = 5
     return config
 
@@ -78,7 +89,9 @@ def batches(config: ml_collections.ConfigDict, steps: int) -> list[dict[str, np.
 class Layout:
     """The compiled programs of one configuration on one mesh."""
 
-    def __init__(self, config: ml_collections.ConfigDict, sizes: dict[str, int], sequences: bool = False):
+    def __init__(
+        self, config: ml_collections.ConfigDict, sizes: dict[str, int], sequences: bool = False, ynnpack: bool = False
+    ):
         config = config.copy_and_resolve_references()
         config.mesh, config.model.sequence_sharding = sizes, sequences
         validate(config, DEVICES)
@@ -95,7 +108,8 @@ class Layout:
 
         shardings = state_shardings(self.template, self.optimizer, self.mesh)
         # The two halves of the training step, so that one compilation serves gradients and runs.
-        self._differentiated = on_mesh(jax.jit(differentiated, out_shardings=(None, shardings.params)), self.mesh)
+        compiled = functools.partial(jax.jit, compiler_options=None if ynnpack else WITHOUT_YNNPACK)
+        self._differentiated = on_mesh(compiled(differentiated, out_shardings=(None, shardings.params)), self.mesh)
         self._updated = on_mesh(jax.jit(updated, out_shardings=shardings), self.mesh)
 
     def state(self, ulps: np.ndarray | None = None) -> TrainState:
@@ -130,25 +144,31 @@ def distance(found: Sequence[float], reference: Sequence[float]) -> float:
     return float(np.max(np.abs(np.array(found) - reference) / np.abs(reference)))
 
 
-def measure(model: str, recipe: str, steps: int) -> dict:
+def gradient_distances(found: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
+    """Relative, in the Euclidean norm: of all gradients together, and of the worst parameter."""
+    apart = {name: np.linalg.norm(found[name] - value) for name, value in reference.items()}
+    norms = {name: np.linalg.norm(value) for name, value in reference.items()}
+    together = np.linalg.norm([*apart.values()]) / np.linalg.norm([*norms.values()])
+    return {"together": float(together), "worst": float(max(apart[name] / norms[name] for name in reference))}
+
+
+def measure(model: str, recipe: str, steps: int, ynnpack: bool) -> dict:
     """One recipe on all meshes of a model."""
     config = config_of(model, recipe)
     data = batches(config, steps)
-    one = Layout(config, mesh_of())
+    one = Layout(config, mesh_of(), ynnpack=ynnpack)
     reference, gradients = one.run(data)
     found = {"losses": reference, "meshes": {}}
-    if recipe not in ("float32", "bf16"):
+    if recipe != "float32":
         perturbed = [one.run(data, ulps)[0] for ulps in directions(config)]
         found["perturbed"] = perturbed
         found["envelope"] = max(distance(run, reference) for run in perturbed)
     for name, sizes in MESHES[model].items():
-        layout = Layout(config, sizes, name in SHARDED_SEQUENCES)
+        layout = Layout(config, sizes, name in SHARDED_SEQUENCES, ynnpack)
         losses, mesh_gradients = layout.run(data)
-        worst = max(
-            float(np.linalg.norm(mesh_gradients[k] - gradients[k]) / np.linalg.norm(gradients[k])) for k in gradients
-        )
         found["meshes"][name] = {
-            "mesh": sizes, "first_loss": distance(losses[:1], reference[:1]), "first_gradients": worst,
+            "mesh": sizes, "first_loss": distance(losses[:1], reference[:1]),
+            "first_gradients": gradient_distances(mesh_gradients, gradients),
             "losses": losses, "distance": distance(losses, reference),
         }  # fmt: skip
         print(
@@ -165,17 +185,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--ynnpack", action="store_true")
     flags = parser.parse_args(arguments)
     check_output_file(flags.out, "--out")
     results = {
         model: {
-            recipe: measure(model, recipe, flags.steps)
+            recipe: measure(model, recipe, flags.steps, flags.ynnpack)
             for recipe in flags.recipes.split(",")
             if model == "qwen3" or recipe in OF_EXPERTS
         }
         for model in MESHES
     }
     about = {"steps": flags.steps, "devices": DEVICES, "jax": jax.__version__, "perturbed_runs": PERTURBED}
+    about |= {"ynnpack": flags.ynnpack}
     flags.out.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
 
 

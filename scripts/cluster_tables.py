@@ -95,9 +95,10 @@ def layouts() -> str:
         for recipe, found in recipes.items():
             envelope = f"{found['envelope']:.1e}" if "envelope" in found else ""
             for name, mesh in found["meshes"].items():
-                numbers = (f"{mesh[key]:.1e}" for key in ("first_loss", "first_gradients", "distance"))
-                rows.append((f"`{model}`", f"`{recipe}`", name, *numbers, envelope))
-    first = "first step: loss", "gradients (worst parameter)"
+                gradients = mesh["first_gradients"]
+                numbers = mesh["first_loss"], gradients["together"], gradients["worst"], mesh["distance"]
+                rows.append((f"`{model}`", f"`{recipe}`", name, *(f"{x:.1e}" for x in numbers), envelope))
+    first = "first step: loss", "gradients", "worst parameter"
     return table(("model", "recipe", "mesh", *first, "20 steps: loss", "five runs one ulp apart"), rows)
 
 

@@ -1,5 +1,6 @@
 """The rows of docs/errors.md about configurations, tokenizers, checkpoints and weights."""
 
+import functools
 import pickle
 from functools import partial
 
@@ -23,8 +24,8 @@ def with_config(**changes):
     config = default_config()
     with config.ignore_type():
         for key, value in changes.items():
-            group, _, name = key.rpartition("__")
-            (config[group] if group else config)[name] = value
+            *groups, name = key.split("__")
+            functools.reduce(getattr, groups, config)[name] = value
     return config
 
 
@@ -54,6 +55,12 @@ CASES |= {
     "shards that the batch does not hold": lambda place: partial(settle, with_config(recipe="averis+shards3")),
     "shards of shared sequences": lambda place: partial(
         settle, with_config(recipe="averis+shards8", model__sequence_sharding=True)
+    ),
+    "groups that a microbatch does not hold": lambda place: partial(
+        validate, with_config(model__name="qwen3_moe", model__moe__groups=3), 1
+    ),
+    "groups that devices would share": lambda place: partial(
+        validate, with_config(model__name="qwen3_moe", model__moe__groups=2, mesh__data=4), 4
     ),
 }
 

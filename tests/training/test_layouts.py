@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.layouts import WITHOUT_YNNPACK
 from fp4jax.config import mesh_of
 from fp4jax.plan.program import Executions
 from fp4jax.plan.step import kernel_shapes, weight_gathers
@@ -38,19 +39,34 @@ def test_twenty_steps_in_high_precision(wide_config, batch):
 
 
 def differentiated(config, batch, sizes):
+    """(loss, gradients) of the first step."""
     mesh, template, _, state = prepared(config, sizes)
 
     def run(params, batch):
         return loss_and_gradients(1, template, mesh, params, batch, jax.random.key(0))[:2]
 
-    return jax.device_get(on_mesh(jax.jit(run), mesh)(state.params, put_batch(batch, mesh)))
+    compiled = jax.jit(run, compiler_options=WITHOUT_YNNPACK)
+    return jax.device_get(on_mesh(compiled, mesh)(state.params, put_batch(batch, mesh)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["nvfp4"])  # not averis: RESULTS.md, "One device and eight"
+@pytest.mark.parametrize("recipe", ["nvfp4", "averis", "averis_centered"])
 def test_one_step_in_fp4(wide_config, batch, recipe):
-    wide_config.recipe = recipe
-    (loss, gradients), (mesh_loss, on_eight) = (differentiated(wide_config, batch, mesh) for mesh in (None, MIXED))
+    check_one_step(wide_config, batch, recipe, MIXED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [mesh_of(expert=4), mesh_of(fsdp=2, expert=2, tensor=2)], ids=str)
+def test_one_step_of_experts_in_fp4(config, batch, sizes):
+    """Each expert has its own mean and scales, over the slots of all groups."""
+    config.model.name = "qwen3_moe"
+    config.model.moe.update({"num_experts": 4, "groups": 8})
+    check_one_step(config, batch, "averis", sizes)
+
+
+def check_one_step(config, batch, recipe, sizes):
+    config.recipe = recipe
+    (loss, gradients), (mesh_loss, on_eight) = (differentiated(config, batch, mesh) for mesh in (None, sizes))
     np.testing.assert_allclose(mesh_loss, loss, rtol=1e-6)
     squares = [(np.sum((on_eight[k] - gradients[k]) ** 2), np.sum(gradients[k] ** 2)) for k in gradients]
     difference, whole = np.sqrt(np.sum(squares, axis=0))
