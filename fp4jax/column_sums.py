@@ -1,8 +1,11 @@
 """Column sums of a prepared residual, 1ᵀR, which the weight gradient of a mean split needs.
 
-They are taken where they are needed, from the array that the product multiplies, so that nothing is quantized or kept
-for their sake.
+They are taken where they are needed: by a kernel from the codes or, without one, from the array that the product
+multiplies, so that nothing is quantized or kept for their sake. Where a residual is prepared would be too early: in a
+scan over layers XLA lets the kernel that quantizes write into the array of all layers, if nothing else reads its codes.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,15 +15,24 @@ from fp4jax import hardware
 from fp4jax.numerics import QTensor
 from fp4jax.operands import Part, dequantize
 
+Kernel = Callable[[QTensor | Array, int], Float32[Array, "..."] | None]
 
-def column_sums(part: Part, axes: tuple[int, ...], batch_dims: int, is_lhs: bool) -> Float32[Array, "..."]:
+
+def column_sums(
+    part: Part, axes: tuple[int, ...], batch_dims: int, is_lhs: bool, kernel: Kernel | None = None
+) -> Float32[Array, "..."]:
     """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
 
-    is_lhs: the residual is the lhs of the weight gradient.
+    Args:
+      is_lhs: the residual is the lhs of the weight gradient.
+      kernel: `quantizers.Quantizer.column_sums`, taken where it serves.
     """
     value = part.residual
     if part.sums is not None:
         return part.sums
+    of_matrix = axes == tuple(range(batch_dims, len(value.shape) - 1))
+    if kernel and of_matrix and (sums := kernel(value, batch_dims)) is not None:
+        return sums
     if not _sums_as_product(value, axes, batch_dims):
         sums = jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
         # Behind a barrier: XLA:CPU would sum within the product that needs the sums, where it is slower.

@@ -353,7 +353,7 @@ def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
     quantizer, execution = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
     _report_implementation(quantizer.name, execution)
-    return quantizer, execution
+    return quantizer, dataclasses.replace(execution, column_sums=quantizer.column_sums)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from fp4jax.numerics import (
     rotate,
 )  # fmt: skip
 from fp4jax.numerics.blocks import Shape
-from fp4jax.quantizers import Draws, Quantizer, Rows, has_column_stats, has_column_sums, pad_axis, pad_to, transformed
+from fp4jax.quantizers import Draws, Quantizer, Rows, has_column_stats, pad_axis, pad_to, transformed
 from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 
 # Streams of random bits, one for every quantization of a linear layer; frozen, or runs would not repeat.
@@ -183,14 +183,10 @@ def prepare_tokens(
         forward, rest if by_tokens.split else whole, split, by_tokens, slots.tokens, -2, context, token_signs
     )
     means = [s for s in (recipe.wgrad.lhs.split, recipe.wgrad.rhs.split) if isinstance(s, MeanSplit)]
-    if means:
+    if means and by_tokens.hadamard:
         axes = mean_axes(means[0], x.ndim, batch_dims)
-        kernel, of_matrix = context.quantizer.column_sums, axes == tuple(range(batch_dims, x.ndim - 1))
-        if by_tokens.hadamard:
-            sums = sums_before_rotation(backward.residual, axes, by_tokens.hadamard, x.shape, row_mask, token_signs)
-            backward = dataclasses.replace(backward, sums=sums)
-        elif kernel and of_matrix and has_column_sums(backward.residual):
-            backward = dataclasses.replace(backward, sums=kernel(backward.residual, batch_dims))
+        sums = sums_before_rotation(backward.residual, axes, by_tokens.hadamard, x.shape, row_mask, token_signs)
+        backward = dataclasses.replace(backward, sums=sums)
     return Prepared(forward, backward)
 
 

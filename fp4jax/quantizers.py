@@ -64,14 +64,14 @@ class Quantizer:
       name: for reports.
       quantize: (rows, operand, axis of the blocks, batch_dims, draws) → the quantized operand.
       column_stats: (x, batch_dims) → `numerics.ColumnStats` over all token axes; None: XLA's own reductions serve.
-      column_sums: (an operand in blocks along the tokens, batch_dims) → sums of its values over all token axes, where
-        `has_column_sums`; None likewise.
+      column_sums: (an operand in blocks along the tokens, batch_dims) → sums of its values over all token axes, or None
+        for an operand that the kernel does not take; None: XLA's own reductions serve.
     """
 
     name: str
     quantize: Callable[[Rows, Operand, int, int, Draws], QTensor]
     column_stats: Callable[[Float[Array, "..."], int], ColumnStats] | None = None
-    column_sums: Callable[[QTensor, int], Float32[Array, "..."]] | None = None
+    column_sums: Callable[[QTensor | Array, int], Float32[Array, "..."] | None] | None = None
 
 
 def transformed(rows: Rows, operand: Operand, axis: int, signs: Float32[Array, "..."] | None) -> Float[Array, "..."]:
@@ -158,8 +158,10 @@ def stats_by_kernel(x: Float[Array, "..."], batch_dims: int) -> ColumnStats:
     return kernels.column_stats(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), batch_dims, **_where())
 
 
-def sums_by_kernel(q: QTensor, batch_dims: int) -> Float32[Array, "..."]:
-    """By one kernel that reads codes."""
+def sums_by_kernel(q: QTensor | Array, batch_dims: int) -> Float32[Array, "..."] | None:
+    """By one kernel that reads codes; None where `has_column_sums` is not so."""
+    if not has_column_sums(q):
+        return None
     from pallas_kernels import column_sums as kernels
 
     return kernels.column_sums(q.pack(), batch_dims, **_where())

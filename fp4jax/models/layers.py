@@ -37,14 +37,14 @@ class RMSNorm(nnx.Module):
 
 # Checkpointed: for the backward their inputs are kept, not the float32 values in between, which are twice as large, and
 # cheap to make again while the inputs are read.
-@functools.partial(jax.checkpoint, static_argnums=2)
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def _rms_norm(x: Float[Array, "..."], weight: Float32[Array, "..."], epsilon: float) -> Float[Array, "..."]:
     x_f32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + epsilon)
     return (x_f32 * scale * weight).astype(x.dtype)
 
 
-@jax.checkpoint
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
     """silu(gate) × up (Shazeer 2020)."""
     return jax.nn.silu(gate) * up
