@@ -5,8 +5,6 @@ multiplies, so that nothing is quantized or kept for their sake. Where a residua
 scan over layers XLA lets the kernel that quantizes write into the array of all layers, if nothing else reads its codes.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
@@ -14,12 +12,11 @@ from jaxtyping import Array, Float32
 from fp4jax import hardware
 from fp4jax.numerics import QTensor
 from fp4jax.operands import Part, dequantize
-
-Kernel = Callable[[QTensor | Array, int], Float32[Array, "..."] | None]
+from fp4jax.quantizers import ColumnSums
 
 
 def column_sums(
-    part: Part, axes: tuple[int, ...], batch_dims: int, is_lhs: bool, kernel: Kernel | None = None
+    part: Part, axes: tuple[int, ...], batch_dims: int, is_lhs: bool, kernel: ColumnSums | None = None
 ) -> Float32[Array, "..."]:
     """Sums of a residual over tokens, 1ᵀR, kept with size 1 along `axes`.
 
@@ -30,8 +27,7 @@ def column_sums(
     value = part.residual
     if part.sums is not None:
         return part.sums
-    of_matrix = axes == tuple(range(batch_dims, len(value.shape) - 1))
-    if kernel and of_matrix and (sums := kernel(value, batch_dims)) is not None:
+    if kernel and _over_all_tokens(value, axes, batch_dims) and (sums := kernel(value, batch_dims)) is not None:
         return sums
     if not _sums_as_product(value, axes, batch_dims):
         sums = jnp.sum(_dequantized_from_product(value), axis=axes, keepdims=True)
@@ -56,9 +52,13 @@ def _sums_as_product(value: QTensor | Array, axes: tuple[int, ...], batch_dims: 
         and isinstance(value, QTensor)
         and value.tensor_scale is not None
         and all(size == 1 for size in value.tensor_scale.shape[batch_dims:])
-        and axes == tuple(range(batch_dims, len(value.shape) - 1))
+        and _over_all_tokens(value, axes, batch_dims)
         and len(axes) > 1
     )
+
+
+def _over_all_tokens(value: QTensor | Array, axes: tuple[int, ...], batch_dims: int) -> bool:
+    return axes == tuple(range(batch_dims, len(value.shape) - 1))
 
 
 def _dequantized_from_product(value: QTensor | Array) -> Float32[Array, "..."]:

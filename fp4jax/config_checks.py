@@ -42,6 +42,9 @@ def validate(config: ml_collections.ConfigDict, device_count: int | None = None)
     Raises:
       ConfigError: the first thing that cannot run, in one line.
     """
+    for key in ("batch_size", "microbatches"):  # before the others: a configuration may have values that divide by them
+        if config[key] == 0:
+            raise ConfigError(f"{key}=0: must be at least 1")
     _check_schema(config)
     _check_ranges(config)
     _check_model(config.model)

@@ -304,7 +304,7 @@ def _dgrad_and_wgrad(spec: _Spec, with_statistics: bool):
         how = (spec.execution, spec.precision, mask)
 
         def contract(x, d_part):
-            return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, *how)
+            return gemms.contract_tokens(x, d_part, recipe, d.shape, batch_dims, *how, spec.quantizer.column_sums)
 
         with scopes.of_recipe(recipe.name), scopes.of_gemm("dgrad", spec.short[0] or spec.short[1]):
             dx = gemms.contract_features(dq.forward, w, -1, batch_dims, *how, spec.lhs_dtype, shard_axes)
@@ -353,7 +353,7 @@ def implementation(backend: str = "auto", gemm: str = "auto") -> tuple[Quantizer
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
     quantizer, execution = _QUANTIZERS[backend](), _PRODUCTS[gemm]()
     _report_implementation(quantizer.name, execution)
-    return quantizer, dataclasses.replace(execution, column_sums=quantizer.column_sums)
+    return quantizer, execution
 
 
 @functools.cache

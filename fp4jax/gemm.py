@@ -27,10 +27,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fp4jax import hardware, native, scopes
-from fp4jax.column_sums import Kernel, column_sums
+from fp4jax.column_sums import column_sums
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.numerics.blocks import Shape
 from fp4jax.operands import Part, dequantize, low_rank_factors_of, mean_axes
+from fp4jax.quantizers import ColumnSums
 from fp4jax.recipes import Recipe
 
 _log = logging.getLogger("fp4jax")
@@ -46,13 +47,11 @@ class Execution:
       rounded: a product of features that corrections are added to is rounded to the result's dtype before. On GPUs XLA
         writes it to memory between the two, and with it in float32 a mean costs more in traffic than in anything else;
         elsewhere the sum is one with the product, in float32.
-      column_sums: of the quantizer whose operands these are.
     """
 
     dtype: jnp.dtype
     native: bool = False
     rounded: bool = False
-    column_sums: Kernel | None = None
 
     def __str__(self) -> str:
         emulated = f"emulated in {self.dtype}"
@@ -89,9 +88,15 @@ def contract_features(
 
 
 def contract_tokens(
-    x: Part, d: Part, recipe: Recipe, shape: Shape, batch_dims: int, execution: Execution, precision, row_mask
-) -> Float[Array, "*batch K N"]:
-    """wgrad: Xᵀ D over every token axis. `shape` is X's logical shape [*batch, *tokens, K]; shards are token axes."""
+    x: Part, d: Part, recipe: Recipe, shape: Shape, batch_dims: int, execution: Execution, precision, row_mask,
+    sums: ColumnSums | None = None,
+) -> Float[Array, "*batch K N"]:  # fmt: skip
+    """wgrad: Xᵀ D over every token axis.
+
+    Args:
+      shape: X's logical shape [*batch, *tokens, K]; shards are token axes.
+      sums: the quantizer's `column_sums`.
+    """
     batch_dims += recipe.shard_axes
     product = functools.partial(
         _over_tokens, rank=len(shape), batch_dims=batch_dims, execution=execution, precision=precision
@@ -113,12 +118,12 @@ def contract_tokens(
             _, right = low_rank_factors_of(d.low_rank, batch_dims)
             left = jnp.swapaxes(_as_rows(d.low_rank.scale, batch_dims), -1, -2) * against(d.low_rank.left)
             result = result + _exact(left, right, ((batch_dims + 1,), (batch_dims,)), batch_dims)
-        result = result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask, execution.column_sums)
+        result = result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask, sums)
         return jnp.sum(result, axis=-3) if recipe.shard_axes else result
 
 
-def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_mask, kernel: Kernel | None):
-    """Rows summed over the averaged tokens, one outer product for every mean; `kernel`: for column sums."""
+def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_mask, sums: ColumnSums | None):
+    """Rows summed over the averaged tokens, one outer product for every mean."""
     tokens, batch = tuple(range(batch_dims, len(shape) - 1)), tuple(range(batch_dims))
     outer = functools.partial(
         lax.dot_general, dimension_numbers=((tokens, tokens), (batch, batch)), precision=lax.Precision.HIGHEST
@@ -127,10 +132,10 @@ def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_m
     result = jnp.float32(0)
     if d_mean is not None:
         axes = mean_axes(recipe.wgrad.rhs.split, len(shape), batch_dims)
-        result = result + outer(column_sums(x, axes, batch_dims, is_lhs=True, kernel=kernel), d_mean)
+        result = result + outer(column_sums(x, axes, batch_dims, is_lhs=True, kernel=sums), d_mean)
     if x_mean is not None:
         axes = mean_axes(recipe.wgrad.lhs.split, len(shape), batch_dims)
-        d_sums = column_sums(d, axes, batch_dims, is_lhs=False, kernel=kernel)
+        d_sums = column_sums(d, axes, batch_dims, is_lhs=False, kernel=sums)
         if d_mean is not None:
             d_sums = d_sums + row_count(shape, axes, row_mask) * d_mean
         result = result + outer(x_mean, d_sums)

@@ -138,7 +138,10 @@ def rows_everywhere[Tree](tree: Tree) -> Tree:
 def by_batch_shard(rowwise: Callable[[Array], Array], rows: Array) -> Array:
     """`rowwise(rows)`, whose rows depend on the same rows alone: every device takes those of its part of the batch.
 
-    For operations that the compiler cannot split itself. It may, where the devices do not divide the rows.
+    For operations that the compiler cannot split itself; where the devices do not divide the rows, it does as it can.
+
+    Args:
+      rowwise: called with the rows of one device.
     """
     over = tuple(name for name, size in auto_axes().items() if name in BATCH_AXES and size > 1)
     if not over or len(rows) % batch_shards():

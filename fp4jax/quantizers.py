@@ -56,6 +56,9 @@ class Draws:
     signs: Float32[Array, "..."] | None = None
 
 
+ColumnSums = Callable[[QTensor | Array, int], Float32[Array, "..."] | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
     """What quantizes, and what tells the columns' statistics in one read where there is such a thing.
@@ -71,7 +74,7 @@ class Quantizer:
     name: str
     quantize: Callable[[Rows, Operand, int, int, Draws], QTensor]
     column_stats: Callable[[Float[Array, "..."], int], ColumnStats] | None = None
-    column_sums: Callable[[QTensor | Array, int], Float32[Array, "..."] | None] | None = None
+    column_sums: ColumnSums | None = None
 
 
 def transformed(rows: Rows, operand: Operand, axis: int, signs: Float32[Array, "..."] | None) -> Float[Array, "..."]:
@@ -206,7 +209,8 @@ def best() -> Quantizer:
     """The kernels on Hopper GPUs, where they were measured (docs/benchmarks.md); XLA everywhere else.
 
     They were measured on one. On several, each runs the same kernel on its shard, with the bits of one by construction.
-    The kernels of column sums and of square blocks were not run on hardware: only `backend="pallas"` takes them.
+    The kernel of square blocks was not run on hardware, that of column sums only within a training step: both are taken
+    by `backend="pallas"` alone.
     """
     device = hardware.current()
     if device.capability[0] != _HOPPER:

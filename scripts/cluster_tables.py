@@ -18,6 +18,18 @@ def plan() -> str:
     return table(("target", "remat", "averis, GiB", "bf16, GiB", "ratio", "FP4 products", "kernels"), rows)
 
 
+def traffic() -> str:
+    """Memory traffic and temporaries of one step, before a change and after it, by recipe and backend."""
+    rows = []
+    for found in read("results/plan/traffic.json")["programs"]:
+        before, after = found["before"], found["after"]
+        sizes = (f"{plan['bytes_accessed'] / 1e12:.2f}" for plan in (before, after))
+        memory = (f"{plan['memory']['temporaries'] / 2**30:.1f}" for plan in (before, after))
+        rows.append((f"`{after['recipe']}`", f"`{found['backend']}`", *sizes, *memory))
+    header = "recipe", "backend", "traffic before, TB", "after", "temporaries before, GiB", "after"
+    return table(header, rows)
+
+
 def clusters() -> str:
     """One step of a whole batch on many devices: memory, work and what travels."""
     rows = []

@@ -20,6 +20,7 @@ from scripts.markdown import ROOT, read, table
 PAGES = (
     "RESULTS.md",
     "docs/clusters.md",
+    "docs/evaluation.md",
     "docs/recipes.md",
     "docs/faults.md",
     "docs/benchmarks.md",
@@ -55,6 +56,28 @@ def fuzzing() -> str:
         for name, found in readers.items()
     ]
     return table(header, rows)
+
+
+def downstream() -> str:
+    """Accuracies of SmolLM2-135M on whole sets of documents, by recipe."""
+    paths = (ROOT / f"results/evaluation/smollm2-135m-{recipe}.json" for recipe in DOWNSTREAM)
+    records = {path.stem.removeprefix("smollm2-135m-"): read(path) for path in paths if path.exists()}
+    tasks = sorted({task for record in records.values() for task in record["tasks"]})
+    cells = [(record, metric) for record in records.values() for metric in ("acc", "acc_norm")]
+    header = [f"`{recipe}` {metric}" for recipe in records for metric in ("acc", "acc_norm")]
+    rows = [(task, *(_accuracy(record["tasks"].get(task), metric) for record, metric in cells)) for task in tasks]
+    return table(("task", *header), rows)
+
+
+DOWNSTREAM = ("bf16", "nvfp4", "averis_centered")
+
+
+def _accuracy(task: dict | None, metric: str) -> str:
+    """In percent ± standard error; nothing for a task that was not run, or that has no such metric."""
+    if task is None or metric not in task["metrics"]:
+        return ""
+    found = task["metrics"][metric]
+    return f"{100 * found['value']:.1f} ± {100 * found['stderr']:.1f}"
 
 
 TIMES = {"wall": "wall", "cpu": "processor"}
@@ -145,10 +168,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": functools.partial(gaps, "ablations"),
     "continue_smollm2": functools.partial(gaps, "continue_smollm2"),
     "plan": cluster_tables.plan,
+    "traffic": cluster_tables.traffic,
     "clusters": cluster_tables.clusters,
     "scaling": cluster_tables.scaling,
     "layouts": cluster_tables.layouts,
     "collectives": cluster_tables.collectives,
+    "downstream": downstream,
     "mean_over_training": mean_over_training,
 }
 

@@ -46,6 +46,8 @@ def test_defaults_are_valid_and_locked():
         ("recipe", None, "recipe=None is a NoneType; it takes a str"),
         ("steps", 0, "steps=0: must be at least 1"),
         ("batch_size", -8, "batch_size=-8: must be at least 1"),
+        ("batch_size", 0, "batch_size=0: must be at least 1"),
+        ("microbatches", 0, "microbatches=0: must be at least 1"),
         ("microbatches", 3, "batch_size=8 is not divisible by microbatches=3; use microbatches=1"),
         ("seq_len", 100, "seq_len=100 is not a multiple of 16 (tokens that share a scale); use 96 or 112"),
         ("seq_len", 8, "seq_len=8 is not a multiple of 16 (tokens that share a scale); use 16"),

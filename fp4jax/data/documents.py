@@ -21,6 +21,7 @@ EARLY_STOP_BAD_LINES = 1000
 """The bad fraction is judged at the end of the corpus, and from this many bad lines on, so that a wrong
 `text_key` does not read a terabyte first."""
 
+NOT_UTF8, HALF_A_PAIR = "not UTF-8", "half a surrogate pair"
 TOO_LONG = f"longer than {MAX_LINE_BYTES >> 20} MiB"
 
 
@@ -42,19 +43,23 @@ class BadLines:
       lines: lines read, blank ones not counted.
       reasons: for every kind of bad line, how many there were.
       first: shard, line and reason of the first bad line; empty while there is none.
+      expected: reasons that are counted and not judged, as of a filter.
     """
 
     max_fraction: float
     lines: int = 0
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     first: str = ""
+    expected: frozenset[str] = frozenset()
 
     @property
     def bad(self) -> int:
-        return self.reasons.total()
+        return sum(count for reason, count in self.reasons.items() if reason not in self.expected)
 
     def add(self, shard: pathlib.Path, line: int, reason: str) -> None:
         self.reasons[reason] += 1
+        if reason in self.expected:
+            return
         self.first = self.first or f"{shard} line {line}: {reason}"
         if self.bad >= EARLY_STOP_BAD_LINES:
             self.check()
@@ -125,7 +130,7 @@ def _parse(line: bytes, text_key: str) -> tuple[str | None, str]:
     try:
         parsed = parse_json(line)
     except UnicodeDecodeError:
-        return None, "not UTF-8"
+        return None, NOT_UTF8
     except ValueError:
         return None, "not JSON"
     if not isinstance(parsed, dict):
@@ -141,7 +146,7 @@ def check_text(text: object, text_key: str) -> tuple[str | None, str]:
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError:
-            return None, "not UTF-8"
+            return None, NOT_UTF8
     if not isinstance(text, str):
         return None, f"no string {text_key!r}"
     if not text:
@@ -150,7 +155,7 @@ def check_text(text: object, text_key: str) -> tuple[str | None, str]:
         # JSON can escape one half of a surrogate pair, which is no character and which no tokenizer takes.
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return None, f"half a surrogate pair in {text_key!r}"
+        return None, HALF_A_PAIR
     return text, ""
 
 

@@ -59,11 +59,16 @@ class Row:
         return {name: np.array(values, np.int32) for name, values in found.items()}
 
 
-def shared_rows(pairs: Sequence[Pair], max_length: int) -> list[Row]:
+def shared_rows(pairs: Sequence[Pair], max_length: int, *, share: bool = True) -> list[Row]:
     """Rows that hold each pair once, in the order of their first pairs.
 
     What is longer than `max_length` inputs loses the beginning of its context. A row has no more continuations than its
     context has tokens: sharing fewer does not pay, and no row scores more tokens than it has inputs.
+
+    Args:
+      pairs: (context, continuation) of token ids, neither empty.
+      max_length: most inputs of a row.
+      share: False: a row for every pair.
 
     Raises:
       ValueError: an empty context or continuation, or a continuation that alone exceeds `max_length`.
@@ -78,7 +83,7 @@ def shared_rows(pairs: Sequence[Pair], max_length: int) -> list[Row]:
             )
         kept = tuple(context[-(max_length + 1 - len(continuation)) :])
         row = newest.get(kept)
-        if row is None or len(row.pairs) == len(kept) or len(row) + len(continuation) - 1 > max_length:
+        if row is None or not share or len(row.pairs) == len(kept) or len(row) + len(continuation) - 1 > max_length:
             row = newest[kept] = Row(kept)
             rows.append(row)
         row.continuations.append(tuple(continuation))

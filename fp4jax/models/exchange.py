@@ -37,17 +37,17 @@ def to_experts(rows_GxExC: Shaped[Array, "G E C ..."]) -> Shaped[Array, "E N ...
     """Every expert's slots, those of the first group first, where its kernels are."""
     rows = _of_groups(_of_groups(rows_GxExC, "batch"), "slots", "expert")
     num_groups, num_experts, slots = rows.shape[:3]
-    return at_experts(rows.swapaxes(0, 1).reshape(num_experts, num_groups * slots, *rows.shape[3:]))
+    return _at_experts(rows.swapaxes(0, 1).reshape(num_experts, num_groups * slots, *rows.shape[3:]))
 
 
 def to_groups(rows_ExN: Shaped[Array, "E N ..."], groups: int) -> Shaped[Array, "G E C ..."]:
     """`to_experts`' way back."""
-    rows = at_experts(rows_ExN)
+    rows = _at_experts(rows_ExN)
     rows = rows.reshape(len(rows), groups, -1, *rows.shape[2:]).swapaxes(0, 1)
     return _of_groups(_of_groups(rows, "slots", "expert"), "batch")
 
 
-def at_experts(rows_ExN: Shaped[Array, "E N ..."]) -> Shaped[Array, "E N ..."]:
+def _at_experts(rows_ExN: Shaped[Array, "E N ..."]) -> Shaped[Array, "E N ..."]:
     """Every expert's rows where its kernels are; the devices that share an expert share its slots, in whole blocks."""
     rest = rows_ExN.ndim - 2
     return place(rows_ExN, ("expert", "slots", *[None] * rest), (1, BLOCK, *[1] * rest))

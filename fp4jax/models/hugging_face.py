@@ -133,8 +133,12 @@ def config_json(config: Qwen3Config) -> dict[str, Any]:
 
 
 def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    """With what older files leave out: Llama's head_dim and key/value heads follow from the others."""
+    """With what files leave out: Llama's head_dim and key/value heads follow from the others, older ones without them;
+    Qwen3-MoE's num_experts has another name since transformers 5.
+    """
     content = dict(content)
+    if content.get("model_type") == "qwen3_moe" and content.get("num_experts") is None:
+        content["num_experts"] = content.get("num_local_experts")
     if content.get("tie_word_embeddings") is None:
         content["tie_word_embeddings"] = False
     if content.get("model_type") == "llama":

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from fp4jax import scopes
 from fp4jax.hardware import Hardware, current
 
-EVERY_SEGMENT = -1
+EVERY_SEGMENT = -(1 << 31)
 """The segment of tokens that all tokens behind them attend to, whatever their own."""
 
 _CUDNN_LEAST_CAPABILITY = (8, 0)
@@ -36,7 +36,8 @@ class RMSNorm(nnx.Module):
 
 
 # Checkpointed: for the backward their inputs are kept, not the float32 values in between, which are twice as large, and
-# cheap to make again while the inputs are read.
+# cheap to make again while the inputs are read. Without the barriers that keep the two computations apart: a scan over
+# layers does, and with them what comes before would be written to memory instead of being read as it is made.
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def _rms_norm(x: Float[Array, "..."], weight: Float32[Array, "..."], epsilon: float) -> Float[Array, "..."]:
     x_f32 = x.astype(jnp.float32)

@@ -345,7 +345,9 @@ class Qwen3(nnx.Module):
 
         if self.config.remat != "none":
             checkpoint_policy = _CHECKPOINT_POLICIES[self.config.remat]
-            one_layer = jax.checkpoint(one_layer, policy=checkpoint_policy, prevent_cse=False)
+            # A scan keeps forward and backward apart, but for one of a single step, which XLA takes out of its loop.
+            alone = len(layers) == 1
+            one_layer = jax.checkpoint(one_layer, policy=checkpoint_policy, prevent_cse=alone)
         probes = None if monitor is None else _slice(monitor.probes, layers)
         start = (x_BxTxD, None if cached is None else cached.cache)
         per_layer = (_slice(state, layers), weights, _indices(layers), probes)

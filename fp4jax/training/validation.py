@@ -150,7 +150,10 @@ def _evaluation_config(
     # The mesh that the run was trained on may not be here.
     config.batch_size = config.batch_size // config.microbatches if batch_size is None else batch_size
     config.microbatches = 1
-    config.mesh = mesh_of(data=math.gcd(config.batch_size, jax.device_count()))
+    groups = math.gcd(config.model.moe.groups, config.batch_size)
+    whole_groups = config.batch_size if groups == 1 else groups
+    config.mesh = mesh_of(data=math.gcd(whole_groups, jax.device_count()))
+    config.model.moe.groups = groups
     validate(config, jax.device_count())
     return config
 

@@ -19,7 +19,7 @@ BAD_LINES = {
     b'{"text": ["a"]}': "no string 'text'",
     b'{"text": ""}': "empty 'text'",
     b'{"text": "caf\xe9"}': "not UTF-8",
-    b'{"text": "\\ud83d"}': "half a surrogate pair in 'text'",
+    b'{"text": "\\ud83d"}': "half a surrogate pair",
 }
 
 

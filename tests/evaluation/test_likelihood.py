@@ -1,5 +1,6 @@
 """Log-likelihoods: against a plain computation, whatever the batch and the bucket; compiled once for each bucket."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from fp4jax.config import mesh_of
 from fp4jax.evaluation.likelihood import Scorer
 from fp4jax.models.frozen import FrozenModel
 from fp4jax.models.llama import Llama, LlamaConfig
+from fp4jax.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from fp4jax.policy import policy
 from fp4jax.training.mesh import make_mesh, replicated
 
@@ -110,6 +112,15 @@ def test_continuations_of_one_context_are_scored_in_one_pass(monkeypatch):
     assert found[-1].is_greedy
     # 4 + 21 and 30 + 12 inputs, and the fifth continuation of a context of four tokens by itself.
     assert sorted(len(row) for rows in passed for row in rows) == [4, 25, 42]
+
+
+def test_answers_do_not_take_each_others_slots():
+    """Of one row the last would find the fewest: with experts of a fixed capacity each answer has a row of its own."""
+    config = Qwen3MoEConfig(**dataclasses.asdict(CONFIG), num_experts=4, num_experts_per_token=2, capacity="1.0")
+    for capacity, shares in (("1.0", False), ("full", True)):
+        own = dataclasses.replace(config, capacity=capacity)
+        model = Qwen3MoE(own, policy=policy("all_linear", "bf16", own.linear_paths), rngs=nnx.Rngs(0))
+        assert Scorer(FrozenModel(model), frozen()[1], batch_size=1, max_length=64).shares == shares
 
 
 @pytest.mark.slow

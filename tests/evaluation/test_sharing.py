@@ -25,6 +25,11 @@ def test_which_pairs_share_a_row():
     assert [row.pairs for row in rows] == [[0, 2], [1, 4], [3], [5]]
 
 
+def test_without_sharing_every_pair_has_a_row():
+    rows = shared_rows([([1, 2, 3], [4]), ([1, 2, 3], [5])], max_length=8, share=False)
+    assert [row.pairs for row in rows] == [[0], [1]]
+
+
 def test_what_is_too_long_loses_its_beginning():
     context = list(range(100, 130))
     rows = shared_rows([(context, [1] * 4), (context, [2] * 4), (context, [3])], max_length=20)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fp4jax.hardware import Hardware
-from fp4jax.models.layers import attention_implementation, causal_attention
+from fp4jax.models.layers import EVERY_SEGMENT, attention_implementation, causal_attention
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = Hardware("cpu", "cpu", "", 1)
@@ -84,3 +84,14 @@ def test_a_run_refuses_what_its_device_cannot_run_before_the_first_step(tmp_path
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("error: attention='cudnn' needs an NVIDIA GPU")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_segment_sees_itself_and_what_every_segment_sees():
+    """Two continuations of one context in a row are what each is behind the context alone."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 9, 2, 8)) for i in range(3))
+    segments = jnp.array([[EVERY_SEGMENT] * 4 + [0, 0, 0, 1, 1]])
+    together = causal_attention(q, k, v, segments)
+    for own in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8]):
+        own = jnp.array(own)
+        alone = causal_attention(q[:, own], k[:, own], v[:, own])
+        np.testing.assert_allclose(together[:, own], alone, rtol=1e-5, atol=1e-6)

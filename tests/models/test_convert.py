@@ -27,7 +27,7 @@ def run(*arguments, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", [QWEN3, LLAMA])
+@pytest.mark.parametrize("name", [QWEN3, LLAMA, "qwen3moe_top2_untied"])
 def test_a_round_trip_gives_identical_tensors(name, dtype, tmp_path, capsys):
     folder, _ = hf_folders.write_fixture(tmp_path / "model", name, dtype, shards=2, bos_token_id=7)
     (folder / "tokenizer.json").write_text(hf_folders.tokenizer_json())

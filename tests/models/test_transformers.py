@@ -61,7 +61,7 @@ def check_decompressed(found, loaded, layers):
 
 WRITTEN = ["qwen3_mqa_untied", "qwen3_gqa_tied", "llama_gqa_tied", "qwen3moe_top2_untied"]
 RECIPES = ["nvfp4", "nvfp4_hadamard", "four_over_six"]
-SAVED = {"qwen3-bfloat16": "40KB", "llama-float32": "5GB", "llama-float16": "60KB"}
+SAVED = {"qwen3-bfloat16": "40KB", "llama-float32": "5GB", "llama-float16": "60KB", "qwen3_moe-float32": "5GB"}
 
 
 @pytest.fixture(scope="module")

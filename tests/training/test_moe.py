@@ -9,12 +9,14 @@ from fp4jax.models.qwen3_moe import EXPERTS, LINEARS
 from fp4jax.plan.program import Executions
 from fp4jax.reporting.optimized_hlo import Program
 from fp4jax.statistics import FORWARD_STATISTICS
+from fp4jax.training import evaluate_workdir
 from fp4jax.training.health import health_table, make_health_step
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.metrics import read_metrics
 from fp4jax.training.optimizer import make_optimizer
 from fp4jax.training.state import create_state, model_template, sharded_abstract_params
 from fp4jax.training.step import loss_and_gradients
+from fp4jax.training.validation import restore_run
 from tests import contract
 from tests.training.test_loop import Killed, final_state, kill_at
 from tests.training.test_loop import run as run_training
@@ -196,3 +198,13 @@ def test_health_step_measures_the_experts(moe_config, batch):
         for operand in ("fprop.x", "fprop.w", "dgrad.g", "wgrad.x", "wgrad.g"):
             assert 15 < table[f"sqnr_db/{operand}/{linear}"][0] < 30
         assert 0.5 < table[f"cosine/wgrad/{linear}"][0] < 1
+
+
+def test_a_run_in_groups_is_evaluated_on_batches_of_any_size(moe_config, tmp_path):
+    """With as many of its groups as divide them, on devices that hold whole ones."""
+    moe_config.steps, moe_config.model.moe.groups = 1, 4
+    run_training(moe_config, tmp_path)
+    for batch_size, groups, devices in ((1, 1, 1), (6, 2, 2), (8, 4, 4), (None, 4, 4)):
+        config = restore_run(tmp_path, batch_size=batch_size).config
+        assert (config.model.moe.groups, config.mesh.data) == (groups, devices)
+    assert np.isfinite(evaluate_workdir(tmp_path, batches=1).result.loss)

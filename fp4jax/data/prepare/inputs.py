@@ -24,6 +24,8 @@ TFDS_EXAMPLES = 100_000
 """Examples of a TFDS data set in a unit."""
 
 PARQUET_ROWS = 128
+PARQUET_BUFFER = 1 << 20
+"""Bytes of a column that are read at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _parquet_texts(path: str, column: str) -> Iterator[Any]:
 
     bytes_of = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     try:
-        with pq.ParquetFile(path) as file:
+        # Read ahead, a whole file would be held: some are larger than the memory.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER) as file:
             if column not in file.schema_arrow.names:
                 raise DataError(
                     f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}: choose a --text_key"

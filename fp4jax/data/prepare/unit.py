@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import UInt32
 
-from fp4jax.data.documents import SPLITS, BadLines, in_chunks, split_of_utf8
+from fp4jax.data.documents import HALF_A_PAIR, NOT_UTF8, SPLITS, BadLines, in_chunks, split_of_utf8
 from fp4jax.data.packing import concatenate, token_dtype
 from fp4jax.data.prepare.filters import Filters
 from fp4jax.data.prepare.inputs import Unit, documents_of
@@ -21,6 +21,9 @@ FLUSHED_TOKENS = 1 << 16
 
 CHUNK_CHARACTERS = 1 << 20
 """Text that is dealt with at once."""
+
+NOT_UNICODE = frozenset({NOT_UTF8, HALF_A_PAIR})
+"""Reasons that are a filter's, and not of a damaged input: crawls have such documents."""
 
 TOO_MUCH, HOLDS_END = "too much for the tokenizer", "holds the end-of-text token"
 
@@ -39,7 +42,7 @@ def prepare_unit(
     """
     started = time.process_time()
     writers = {split: _ShardWriter(state, split, unit.index, tokenizer) for split in SPLITS}
-    bad, drops, text_bytes = BadLines(max_bad_fraction), collections.Counter(), 0
+    bad, drops, text_bytes = BadLines(max_bad_fraction, expected=NOT_UNICODE), collections.Counter(), 0
     try:
         for chunk in in_chunks(documents_of(unit, state.options.text_key, bad), CHUNK_CHARACTERS):
             texts = [document.text for document in chunk]

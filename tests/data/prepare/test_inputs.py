@@ -1,5 +1,6 @@
 """Inputs: DCLM's files, Parquet and TFDS give the same documents."""
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,21 @@ def test_parquet(texts, tmp_path, kind):
     table = pa.table({"url": ["u"] * 60, "content": pa.array(texts, pa.string()).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=25)
     assert texts_of(tmp_path, key="content") == texts
+
+
+@pytest.mark.parametrize("rows_of_a_group", [500, 10**6])
+def test_a_large_parquet_file_is_never_held_whole(tmp_path, rows_of_a_group):
+    """Whatever its row groups (some files have one), but for pages of 1,024 rows, as Arrow writes them."""
+    random = np.random.default_rng(0)
+    texts = ["".join(map(chr, random.integers(97, 123, 2_000))) for _ in range(5_000)]
+    pq.write_table(
+        pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=rows_of_a_group, use_dictionary=False
+    )
+    before, peak = pa.total_allocated_bytes(), 0
+    for document in documents_of(find_units(str(tmp_path), "train", None)[0], "text", BadLines(0.0)):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        assert len(document.text) == 2_000
+    assert 0 < peak < 5_000_000 < 2_000 * 5_000
 
 
 def test_rows_of_parquet_without_a_text(tmp_path):
