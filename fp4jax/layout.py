@@ -5,6 +5,7 @@ splits the batch, the experts, and the other parameters further than `fsdp` does
 vocabulary and, where sequences are sharded, the tokens of the activations in between.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -109,6 +110,29 @@ def sequence_shards() -> int:
 def _devices(axes: Sequence[str]) -> int:
     sizes = auto_axes()
     return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def batch_stages() -> tuple[tuple[int, Callable[[Array], Array]], ...]:
+    """How devices that share a batch along several axes of the mesh add up one row each: along the innermost first.
+
+    Neighbours are near each other. With their sums as one row, little travels between those that are far apart.
+
+    Returns:
+      (groups, gather) for each axis but the outermost: `gather` takes rows [..., rows, features], of each device its
+      own, and gives those of a group to all its devices.
+    """
+    sizes = auto_axes()
+    axes = [axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1]
+    outer = (tuple(axes[:count]) for count in range(len(axes) - 1, 0, -1))
+    return tuple((_devices(names), functools.partial(_rows_along, names=names)) for names in outer)
+
+
+def _rows_along(rows: Array, names: tuple[str, ...]) -> Array:
+    """Rows [..., rows, features] cut along these axes of the mesh and no others, if those divide them."""
+    if rows.shape[-2] % _devices(names):
+        return rows
+    free = PartitionSpec.UNCONSTRAINED
+    return lax.with_sharding_constraint(rows, PartitionSpec(*[free] * (rows.ndim - 2), names, free))
 
 
 def on_every_device(rows: Array) -> Array:

@@ -297,7 +297,7 @@ def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
         stats = context.quantizer.column_stats(x, context.batch_dims)
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
-        shards = layout.batch_shards(), layout.on_every_device, layout.sequence_shards()
+        shards = layout.batch_shards(), layout.on_every_device, layout.sequence_shards(), layout.batch_stages()
         mean = column_mean(x, axes, row_mask, *shards)
     mean = layout.rows_everywhere(mean)
     as_operand = layout.rows_everywhere(context.quantize(Rows(mean), split.mean, f"mean.{name}", -1))

@@ -108,6 +108,11 @@ class Shards:
         """The axes of the mesh that cut these axes of the operand."""
         return tuple(name for axis in axes for name in self.names[axis])
 
+    def stages(self, axis: int) -> tuple[tuple[str, ...], ...]:
+        """The axes of the mesh that cut an axis of the operand, from the innermost; the parts of one together."""
+        whole = itertools.groupby(self.names[axis], key=lambda name: name.partition(_PART)[0])
+        return tuple(tuple(parts) for _, parts in whole)[::-1]
+
     def start(self, axis: int) -> UInt32[Array, "1"]:
         """Inside the program of a device: where its shard begins along the axis."""
         if not self.names[axis]:

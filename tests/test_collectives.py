@@ -1,6 +1,7 @@
 """What travels between devices for the statistics of quantized operands, counted in compiled programs."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ LINEARS = 3  # of one input, as query, key and value
 MESHES = {
     "data": (mesh_of(data=8), P("data"), P()),
     "fsdp": (mesh_of(fsdp=8), P("fsdp"), P("fsdp")),
+    "data and fsdp": (mesh_of(data=4, fsdp=2), P(("data", "fsdp")), P("fsdp")),
     "fsdp and tensor": (mesh_of(fsdp=4, tensor=2), P("fsdp"), P("fsdp", "tensor")),
 }
 
@@ -61,7 +63,7 @@ def count(recipe, mesh, opcode, dtype=""):
     return sum(found == opcode and dtype in type for found, type in collectives(recipe, mesh))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "fsdp and tensor"])
 @pytest.mark.parametrize("recipe", ["averis", pytest.param("averis_hadamard", marks=pytest.mark.slow)])
 def test_a_mean_is_one_gather_and_nothing_else(recipe, mesh):
     """Of partial sums, for each array that has a mean. Maxima and column sums join what travels without a split."""
@@ -72,6 +74,14 @@ def test_a_mean_is_one_gather_and_nothing_else(recipe, mesh):
     assert not any(count(recipe, mesh, opcode) for opcode in others)
     if "tensor" not in mesh:  # there the compiler chooses another way for dX
         assert count(recipe, mesh, "all-reduce") == count("nvfp4", mesh, "all-reduce")
+
+
+def test_of_near_devices_far_ones_get_one_row():
+    """Partial sums of a mean travel along the innermost axis first: 2 rows, then 4, never those of all 8 devices."""
+    mesh = "data and fsdp"
+    gathers = [type for opcode, type in collectives("averis", mesh) if opcode == "all-gather" and "f32" in type]
+    rows = sorted(int(size) for type in gathers for size in re.findall(rf"f32\[(\d+),{WIDTH}\]", type))
+    assert rows == [2] * (1 + LINEARS) + [4] * (1 + LINEARS), gathers
 
 
 def test_shards_have_no_statistics_to_exchange():

@@ -69,6 +69,13 @@ def tree_sum(parts: Float32[Array, "*batch rows features"]) -> Float32[Array, "*
     return jnp.where(total == 0, jnp.zeros_like(total), total)
 
 
+def added_up(parts: Float32[Array, "*batch rows features"], shards: int = 1) -> Float32[Array, "*batch fewer features"]:
+    """Levels of the tree, as many as each of the `shards` that share the rows evenly can do with its own."""
+    while parts.shape[-2] > shards and parts.shape[-2] % (2 * shards) == 0:
+        parts = pair_sums(parts)
+    return parts
+
+
 def pair_sums(parts: Float32[Array, "*batch rows features"]) -> Float32[Array, "*batch half features"]:
     """One level of the tree: the sums of neighbouring rows, of which there are an even number.
 

@@ -4,19 +4,24 @@ Source: "The Curse and Blessing of Mean Bias in FP4-Quantized LLM Training", arX
 mean is taken over real rows only; masked rows belong neither to the mean nor to the residual.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 from fp4jax.numerics.blocks import Shape
-from fp4jax.numerics.column_stats import pair_sums, tree_sum
+from fp4jax.numerics.column_stats import added_up, tree_sum
 
 MOST_STRETCHES = 64
 """Parts of a sequence whose sums are added in a fixed order: as many devices may share it."""
 
 _BLOCK = 16
+
+Stage = tuple[int, Callable[[Float32[Array, "..."]], Float32[Array, "..."]]]
+"""A number of groups of devices, and what gives each group the partial sums [..., partials, features] of all its
+devices: the group's sum is then one row, where those of far devices would be many.
+"""
 
 
 def column_mean(
@@ -26,6 +31,7 @@ def column_mean(
     shards: int = 1,
     gather: Callable[[Float32[Array, "..."]], Float32[Array, "..."]] = lambda partial: partial,
     sequence_shards: int = 1,
+    stages: Sequence[Stage] = (),
 ) -> Float32[Array, "*mean"]:
     """Mean of every column over the rows along `axes` (kept with size 1), accumulated in float32.
 
@@ -40,14 +46,15 @@ def column_mean(
       shards: how many devices share the rows, along all axes but the last; changes no bit.
       gather: called with partial sums [..., partials, features] when each device has added up its own.
       sequence_shards: how many devices share the last of the axes; changes no bit either.
+      stages: what devices along all axes but the last exchange before `gather`; changes no bit.
     """
     x = mask_rows(x.astype(jnp.float32), row_mask)
-    total = _ordered_sum(x, axes, shards, gather, sequence_shards)
+    total = _ordered_sum(x, axes, shards, gather, sequence_shards, stages)
     # XLA multiplies by the reciprocal of a constant divisor when jitted: this one depends on the data, to no effect.
     return total / jnp.where(total != 0, row_count(x.shape, axes, row_mask), np.float32(1))
 
 
-def _ordered_sum(x, axes: tuple[int, ...], shards: int, gather, sequence_shards: int):
+def _ordered_sum(x, axes: tuple[int, ...], shards: int, gather, sequence_shards: int, stages: Sequence[Stage]):
     """The sum described in `column_mean`, kept with size 1 along `axes`."""
     axes = tuple(sorted(axis % x.ndim for axis in axes))
     rows = [x.shape[axis] for axis in axes]
@@ -58,17 +65,12 @@ def _ordered_sum(x, axes: tuple[int, ...], shards: int, gather, sequence_shards:
     parts, share_it = jnp.sum(cut, axis=-2), max(shards, sequence_shards)
     if len(axes) > 1 and sequence_shards > 1:
         # Of a sequence first: stretches are a power of two, so the tree over all of them begins within each sequence.
-        parts, share_it = gather(_added_up(parts, sequence_shards)), shards
-    parts = _added_up(parts.reshape(*x.shape[: axes[0]], -1, x.shape[-1]), share_it)
+        parts, share_it = gather(added_up(parts, sequence_shards)), shards
+    parts = added_up(parts.reshape(*x.shape[: axes[0]], -1, x.shape[-1]), share_it)
+    for groups, gather_within in stages:
+        parts = added_up(gather_within(parts), groups)
     total = tree_sum(gather(parts) if parts.shape[-2] > 1 else parts)
     return total.reshape(*x.shape[: axes[0]], *[1] * len(axes), x.shape[-1])
-
-
-def _added_up(parts: Float32[Array, "..."], shards: int) -> Float32[Array, "..."]:
-    """Levels of the tree, as many as each of the devices that share the partial sums can do with its own."""
-    while parts.shape[-2] > shards and parts.shape[-2] % (2 * shards) == 0:
-        parts = pair_sums(parts)
-    return parts
 
 
 def _stretches(rows: int) -> int:

@@ -1,8 +1,9 @@
 """`column_stats` on several devices, with the bits of one: the tree of sums is cut where the array is.
 
 The rows of a shard that follow one another in the whole array, a run, divide into stretches of 2^k rows that are
-subtrees of the whole sum. Each device adds up its stretches; their sums, few and small, are exchanged, and every device
-adds them by the same tree. Maxima and negated minima are reduced over the devices, together.
+subtrees of the whole sum. Each device adds up its stretches; their sums, few and small, are exchanged, along the mesh's
+innermost axis first, and every device adds them by the same tree. Maxima and negated minima are reduced over the
+devices, together.
 """
 
 import math
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fp4jax.numerics.column_stats import stats_shape, tree_sum
+from fp4jax.numerics.column_stats import added_up, stats_shape, tree_sum
 from pallas_kernels.column_stats import kernel, local
 from pallas_kernels.partition import Follows, Shards, over_shards
 
@@ -46,9 +47,11 @@ def _of_shard(x, shards: Shards, batch_dims: int, inner: int, interpret: bool) -
     runs = x.reshape(math.prod(x.shape[:inner]), -1, columns)
     sums, minima, maxima = local.stretches(runs, interpret=interpret)
     sums = sums.reshape(*x.shape[:inner], -1, columns)
-    for axis in range(batch_dims, inner + 1):
-        if shards.names[axis]:
-            sums = lax.all_gather(sums, shards.names[axis], axis=axis, tiled=True)
+    for axis in range(inner, batch_dims - 1, -1):
+        for names in shards.stages(axis):
+            sums = lax.all_gather(sums, names, axis=axis, tiled=True)
+            # The next ones to exchange are farther from each other: they get one row of all these.
+            sums = added_up(sums) if axis == inner else sums
     shape = stats_shape(x.shape, batch_dims)
     of_matrix = (*x.shape[:batch_dims], -1, columns)
     least = jnp.min(minima.reshape(of_matrix), axis=-2)
