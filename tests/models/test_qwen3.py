@@ -205,3 +205,22 @@ def test_bad_configurations_are_refused():
         dataclasses.replace(TINY, remat="some")
     with pytest.raises(ValueError, match="matches none of the 21 linear layers"):
         build(rules=[(r"layers\.3\.", "nvfp4")])
+
+
+@pytest.mark.parametrize("remat", ["linear_inputs", "full"])
+def test_layers_that_are_computed_again_stay_apart_from_their_first_time(remat):
+    """A scan does that, but for one of a single step: XLA takes it out of its loop, and would compute it once."""
+    config = dataclasses.replace(TINY, num_layers=3, remat=remat)
+    graphdef, state = nnx.split(build(config, rules=[("layers.2", "nvfp4+nearest"), (".", "averis+nearest")]))
+
+    def loss(state):
+        return jnp.sum(nnx.merge(graphdef, state).hidden(TOKENS, key=jax.random.key(0)))
+
+    scans = [eqn for eqn in jax.make_jaxpr(loss)(state).eqns if eqn.primitive.name == "scan"]
+    barriers = {
+        eqn.params["length"]: inner.params["prevent_cse"]
+        for eqn in scans
+        for inner in eqn.params["jaxpr"].eqns
+        if inner.primitive.name in ("checkpoint", "remat2", "remat")
+    }
+    assert barriers == {2: False, 1: True}

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fp4jax.checkpoint import Checkpointer, CheckpointError
-from fp4jax.config import ConfigError
+from fp4jax.config import ConfigError, mesh_of
 from fp4jax.data.prepare.command import main as prepare_main
 from fp4jax.locking import InUseError, locked
 from fp4jax.training import evaluate_workdir, loop, train
@@ -180,3 +181,20 @@ def test_vocabulary_smaller_than_the_tokenizer(config, tmp_path):
 def test_evaluation_without_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         evaluate_workdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_eight_devices_goes_on_on_two_and_on_one(config, tmp_path):
+    """The same bits of parameters and moments on every mesh, and from there the same loss."""
+    config.recipe, config.steps, config.mesh.fsdp = "averis", 2, 8
+    run(config, tmp_path / "eight")
+    saved, losses = final_state(config, tmp_path / "eight"), []
+    for devices in (8, 2, 1):
+        config.steps, config.mesh = 2, mesh_of(fsdp=devices)
+        for one, other in zip(*map(jax.tree.leaves, (saved, final_state(config, tmp_path / "eight"))), strict=True):
+            np.testing.assert_array_equal(one, other)
+        shutil.copytree(tmp_path / "eight", tmp_path / str(devices))
+        config.steps = 3
+        assert "after step 2" in run(config, tmp_path / str(devices))
+        losses.append(read_metrics(tmp_path / str(devices))[-1]["loss"])
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
