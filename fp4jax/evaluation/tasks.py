@@ -31,6 +31,7 @@ PAPER = {
 _OBJECT = dict[str, Any]
 _RECORD = {"settings": _OBJECT, "about": _OBJECT, "tasks": _OBJECT}
 _TASK = {"metrics": dict[str, _OBJECT], "documents": int, "documents_in_set": int}
+_ROWS = "one for each context"  # of the batches: another way of making them gives other numbers under a recipe
 _BOOTSTRAPS = 1000  # for the standard error of LAMBADA's perplexity; those of accuracies have a formula
 _VERSIONS = ("jax", "flax", "lm-eval", "datasets", "tokenizers")
 
@@ -68,7 +69,7 @@ def run_tasks(
     if folder is not None:
         check_files(names, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = _open(path, dict(settings) | {"limit": limit})
+    record = _open(path, dict(settings) | {"limit": limit, "rows": _ROWS})
     missing = [name for name in names if name not in record["tasks"]]
     if missing:
         subject = open_model()

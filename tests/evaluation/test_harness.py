@@ -1,5 +1,6 @@
 """lm-eval asks our model: its tasks on local files, rolling likelihoods, generation up to a stop string."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -12,7 +13,7 @@ from fp4jax import models
 from fp4jax.config import mesh_of
 from fp4jax.evaluation.likelihood import Scorer
 from fp4jax.evaluation.subject import open_subject
-from fp4jax.evaluation.task_data import open_task
+from fp4jax.evaluation.task_data import TASKS, open_task
 from fp4jax.models.frozen import FrozenModel
 from fp4jax.training.mesh import make_mesh
 from tests.models import gguf_files
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of lm-eval and what it brings
 ]
 FOLDER = Path(__file__).parent / "files"
+DATA = Path(__file__).parents[2] / "data" / "eval"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,20 @@ def test_race_on_a_local_file_is_scored_as_lm_eval_asks_it(harness, monkeypatch)
         f"{rows[1]['question']}"
     }
     assert list(choices) == [f" {option}" for option in rows[1]["options"]]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs make eval-data")
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"race"}))
+def test_every_other_task_on_the_files_of_eval_data(name, subject, monkeypatch):
+    from lm_eval.evaluator import evaluate
+
+    from fp4jax.evaluation.harness import HarnessModel
+
+    harness = HarnessModel(dataclasses.replace(subject, max_length=2048), show_progress=False)
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    with open_task(name, DATA) as task:
+        found = evaluate(harness, task, limit=2, bootstrap_iters=10, log_samples=False)
+    assert found["results"][name]["acc,none"] in (0, 0.5, 1) and found["n-samples"][name]["effective"] == 2
 
 
 def test_a_set_that_cannot_be_loaded_is_one_line(lm_eval, monkeypatch):
