@@ -87,6 +87,19 @@ def test_with_a_mean_the_order_of_its_sum_is_what_differs(recipe, calls, monkeyp
     assert largest_error(results(recipe, "xla"), want) < 1e-6  # one code more or less is 1e-4
 
 
+def test_column_sums_are_taken_in_the_backward(calls):
+    """Taken where X is quantized they would be a second reader of its codes, which a scan over layers then copies."""
+
+    def forward(x, w):
+        return jax.vjp(
+            lambda x, w: dot_general(x, w, DIMENSIONS, recipe="averis", key=jax.random.key(3), backend="pallas"), x, w
+        )
+
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 32, 48), (48, 32)))
+    jax.eval_shape(forward, *shapes)
+    assert "quantize_columns" in calls and "column_sums" not in calls
+
+
 @pytest.mark.parametrize("recipe", ["averis+per_sequence", "averis_centered+x_only"])
 def test_means_that_the_statistics_do_not_give(recipe, calls):
     results(recipe, "pallas")
