@@ -124,11 +124,16 @@ class _SplitOff:
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """What every quantization of one array shares."""
+    """What every quantization of one array shares.
+
+    Attributes:
+      in_shards: whether the last of the batch axes counts shards of the tokens, which devices have to themselves.
+    """
 
     batch_dims: int
     words: Array | None
     quantizer: Quantizer
+    in_shards: bool = False
 
     def stream(self, slot: str):
         return None if self.words is None else fold(self.words, SLOTS[slot])
@@ -163,7 +168,7 @@ def prepare_tokens(
     Args:
       partners: for D, the other operands of dgrad and wgrad, whose fresh signs it takes over.
     """
-    context = _Context(batch_dims, words, quantizer)
+    context = _Context(batch_dims, words, quantizer, in_shards=recipe.shard_axes > 0)
     by_features, by_tokens = recipe.slots[slots.features], recipe.slots[slots.tokens]
     split, rest = _split(x, by_features.split or by_tokens.split, context, slots.name, row_mask)
     whole = Rows(mask_rows(x, row_mask))
@@ -291,14 +296,19 @@ def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: s
 
 def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
     axes = mean_axes(split, x.ndim, context.batch_dims)
-    stats = None
-    of_matrix = row_mask is None and axes == tuple(range(context.batch_dims, x.ndim - 1))
-    if context.quantizer.column_stats and of_matrix and has_column_stats(x.shape, context.batch_dims):
+    stats, of_matrix = None, axes == tuple(range(context.batch_dims, x.ndim - 1))
+    if (
+        context.quantizer.column_stats
+        and of_matrix
+        and row_mask is None
+        and has_column_stats(x.shape, context.batch_dims)
+    ):
         stats = context.quantizer.column_stats(x, context.batch_dims)
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
-        shards = layout.batch_shards(), layout.on_every_device, layout.sequence_shards(), layout.batch_stages()
-        mean = column_mean(x, axes, row_mask, *shards)
+        shards = layout.batch_shards(), layout.on_every_device, layout.sequence_shards()
+        stages = layout.batch_stages() if of_matrix and not context.in_shards else ()
+        mean = column_mean(x, axes, row_mask, *shards, stages)
     mean = layout.rows_everywhere(mean)
     as_operand = layout.rows_everywhere(context.quantize(Rows(mean), split.mean, f"mean.{name}", -1))
     center = _made_once(dequantize(as_operand)) if split.center is Center.QUANTIZED_MEAN else mean

@@ -84,6 +84,13 @@ def test_of_near_devices_far_ones_get_one_row():
     assert rows == [2] * (1 + LINEARS) + [4] * (1 + LINEARS), gathers
 
 
+@pytest.mark.parametrize("recipe", ["averis+shards8", "averis+per_sequence"])
+def test_means_of_what_a_device_has_alone_do_not_travel(recipe):
+    """On a mesh with several axes for the batch, too."""
+    for opcode in ("all-gather", "all-to-all", "collective-permute"):
+        assert count(recipe, "data and fsdp", opcode) <= count("nvfp4", "data and fsdp", opcode), opcode
+
+
 def test_shards_have_no_statistics_to_exchange():
     """Of each device's sequences: what is left is the weight gradient, as without quantization."""
     assert {opcode for opcode, _ in collectives("averis+shards8", "data")} == {"all-reduce"}
