@@ -297,12 +297,8 @@ def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: s
 def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
     axes = mean_axes(split, x.ndim, context.batch_dims)
     stats, of_matrix = None, axes == tuple(range(context.batch_dims, x.ndim - 1))
-    if (
-        context.quantizer.column_stats
-        and of_matrix
-        and row_mask is None
-        and has_column_stats(x.shape, context.batch_dims)
-    ):
+    has_kernel = context.quantizer.column_stats and has_column_stats(x.shape, context.batch_dims)
+    if has_kernel and of_matrix and row_mask is None:
         stats = context.quantizer.column_stats(x, context.batch_dims)
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
