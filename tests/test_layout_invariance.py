@@ -111,6 +111,7 @@ def assert_same_bits(found, expected):
 
 def names():
     rows = [name for name in list_recipes() if name != "bf16" and name not in LOW_RANK | ABSMEAN]
+    rows.append("averis+per_sequence")
     return [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in rows if name not in QUICK)]
 
 
