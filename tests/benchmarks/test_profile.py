@@ -35,6 +35,7 @@ def test_every_second_is_counted_once():
     assert sum(seconds.values()) == 3.5 and tuple(seconds) == profile.PARTS
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion  # Optax
 def test_a_step_is_profiled(tmp_path, capsys):
     flags = ["--recipes=bf16,averis", "--layers=1", "--sequences=2", "--length=32", "--repeats=1", f"--out={tmp_path}"]

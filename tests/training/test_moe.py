@@ -200,6 +200,7 @@ def test_health_step_measures_the_experts(moe_config, batch):
         assert 0.5 < table[f"cosine/wgrad/{linear}"][0] < 1
 
 
+@pytest.mark.slow
 def test_a_run_in_groups_is_evaluated_on_batches_of_any_size(moe_config, tmp_path):
     """With as many of its groups as divide them, on devices that hold whole ones."""
     moe_config.steps, moe_config.model.moe.groups = 1, 4
