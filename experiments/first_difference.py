@@ -66,6 +66,9 @@ def main(arguments: Sequence[str]) -> None:
     if flags.out:
         check_output_file(flags.out, "--out")
     results = {as_recipe(name).name: [] for name in flags.recipes.split(",")}
+    for name in results:
+        if as_recipe(name).fprop.lhs.is_high_precision:
+            raise ValueError(f"recipe {name!r} does not quantize X, so there are no codes to compare: leave it out")
     for recipe in results:
         results[recipe] = differences(recipe, flags.ynnpack)
         print(f"{recipe}: X of layer 1 (attention in, attention out, MLP in, MLP hidden), layer 2, ...")

@@ -27,6 +27,7 @@ import optax
 from fp4jax.cli import Parser, check_output_file, positive, run
 from fp4jax.config import default_config, mesh_of
 from fp4jax.config_checks import validate
+from fp4jax.recipes import as_recipe
 from fp4jax.training.mesh import make_mesh, put_batch
 from fp4jax.training.optimizer import make_optimizer
 from fp4jax.training.state import TrainState, create_state, model_template, on_mesh, state_shardings
@@ -188,10 +189,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--ynnpack", action="store_true")
     flags = parser.parse_args(arguments)
     check_output_file(flags.out, "--out")
+    recipes = flags.recipes.split(",")
+    for name in recipes:
+        as_recipe("bf16" if name == "float32" else name)  # each before the first one runs
     results = {
         model: {
             recipe: measure(model, recipe, flags.steps, flags.ynnpack)
-            for recipe in flags.recipes.split(",")
+            for recipe in recipes
             if model == "qwen3" or recipe in OF_EXPERTS
         }
         for model in MESHES

@@ -12,8 +12,8 @@ from fp4jax.dot import dot_general
 from fp4jax.models import exchange
 from fp4jax.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from fp4jax.policy import policy
-from fp4jax.statistics import Monitor
 from tests import contract
+from tests.models.test_qwen3_moe import called
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -28,17 +28,6 @@ TOKENS = jax.random.randint(jax.random.key(3), (SEQUENCES, LENGTH), 0, MODEL.voc
 def built(recipe="bf16", **changes):
     config = dataclasses.replace(MODEL, **changes)
     return Qwen3MoE(config, policy=policy("all_linear", recipe, config.linear_paths), rngs=nnx.Rngs(0))
-
-
-def called(model, tokens):
-    """(logits, routing sums)."""
-    graphdef, state = nnx.split(model)
-
-    def run(state, tokens):
-        monitor = Monitor({})
-        return nnx.merge(graphdef, state)(tokens, monitor=monitor), monitor.routing
-
-    return contract.jit(run)(state, tokens)
 
 
 def test_a_group_is_routed_as_if_it_were_alone():
