@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
             evaluate(listener, task, bootstrap_iters=2, log_samples=False)
         rows = {
             "a row for every answer": padded(listener.pairs, False),
-            "for every context": padded(listener.pairs, True),
+            "a row for every context": padded(listener.pairs, True),
         }
         found[name] = {"answers": len(listener.pairs), "padded_tokens": rows}
         print(name, found[name], flush=True)
