@@ -29,7 +29,8 @@ def default_config() -> ml_collections.ConfigDict:
       schedule: recipes by step, "bf16:1%,run:80%,run+fwd_bf16:100%": each with its end in percent of the steps or as a
         step number, "run" for `recipe`; empty for `recipe` throughout.
       backend: how operands are quantized: "auto" (the best the device has), "xla" or "pallas".
-      gemm: how quantized operands are multiplied: "auto", "native" (Blackwell) or "emulated".
+      gemm: how quantized operands are multiplied: "auto", "native" (Blackwell), "emulated" or
+        "fused" (Hopper: decoded by a kernel as they are multiplied; not yet measured on hardware).
       seed: initial weights, order of the data and every stochastic rounding.
       init_from: the weights to start from instead: a Hugging Face folder, a .gguf file, "smollm2-135m" or the workdir
         of another run. `model` must have its sizes, and `data.tokenizer` be its tokenizer.

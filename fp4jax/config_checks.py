@@ -18,7 +18,7 @@ MOST_STRETCHES = 64
 """`numerics.splits` adds a sequence up in so many stretches at most, each on one device."""
 
 BACKENDS = ("auto", "xla", "pallas")
-GEMMS = ("auto", "native", "emulated")
+GEMMS = ("auto", "native", "emulated", "fused")
 REMATERIALIZATIONS = ("none", "full", "linear_inputs")
 ATTENTIONS = ("auto", "xla", "cudnn")
 GATHERS = ("auto", "step", "layer")

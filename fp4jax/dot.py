@@ -101,7 +101,7 @@ def dot_general(
         then be in canonical layout, and serve to route cotangents only.
       row_mask: True for real tokens, shaped like lhs without its contracted axes. Others count in no statistic.
       probe: zeros of shape [len(GRADIENT_STATISTICS)], float32; its cotangent is the sum of those statistics.
-      backend: quantizer: "auto", "xla" or "pallas".  gemm: product: "auto", "native" or "emulated".
+      backend: quantizer: "auto", "xla" or "pallas".  gemm: product: "auto", "native", "emulated" or "fused".
       axes: names (`fp4jax.layout`) of the axes of lhs, and of the result and its gradient, each where one of them is
         "sequence": tokens are then prepared where they are, and gathered for the products in codes.
 
@@ -363,4 +363,9 @@ def _report_implementation(quantizer: str, execution: gemms.Execution) -> None:
 
 
 _QUANTIZERS = {"auto": best, "xla": by_xla, "pallas": by_kernels}
-_PRODUCTS = {"auto": gemms.best, "emulated": gemms.emulated, "native": gemms.native_or_error}
+_PRODUCTS = {
+    "auto": gemms.best,
+    "emulated": gemms.emulated,
+    "native": gemms.native_or_error,
+    "fused": gemms.fused_or_error,
+}

@@ -10,7 +10,8 @@ The middle terms are there because a quantized residual is no longer exactly zer
 algebra: rows of X meet W = Uw Sw Vw + Rw as they are, those of V do so once, and U S is multiplied with their result.
 
 Products of two quantized operands run on FP4 tensor cores where the device has them and the operands fit
-(`fp4jax.native`), else they are emulated: element × block scale has at most 8 significant bits, so float32 and bfloat16
+(`fp4jax.native`), by a kernel that decodes them on the way where that is asked for (`fp4jax.fused`), else they are
+emulated: element × block scale has at most 8 significant bits, so float32 and bfloat16
 hold it exactly, and a GEMM with float32 accumulation equals FP4 tensor cores up to the order of additions. Float32
 scales multiply the result; those that change along the contraction enter the operand, which then is multiplied in
 float32.
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fp4jax import hardware, native, scopes
+from fp4jax import fused, hardware, native, scopes
 from fp4jax.column_sums import column_sums
 from fp4jax.numerics import QTensor, row_count
 from fp4jax.numerics.blocks import Shape
@@ -44,6 +45,7 @@ class Execution:
     Attributes:
       dtype: of the emulation.
       native: on FP4 tensor cores, where both operands are of the kind that these take.
+      fused: by the kernel that decodes them, likewise; never with `native`.
       rounded: a product of features that corrections are added to is rounded to the result's dtype before. On GPUs XLA
         writes it to memory between the two, and with it in float32 a mean costs more in traffic than in anything else;
         elsewhere the sum is one with the product, in float32.
@@ -51,11 +53,13 @@ class Execution:
 
     dtype: jnp.dtype
     native: bool = False
+    fused: bool = False
     rounded: bool = False
 
     def __str__(self) -> str:
         emulated = f"emulated in {self.dtype}"
-        return f"native where both operands are NVFP4, else {emulated}" if self.native else emulated
+        way = "native" if self.native else "fused" if self.fused else ""
+        return f"{way} where both operands are NVFP4, else {emulated}" if way else emulated
 
 
 def contract_features(
@@ -71,11 +75,13 @@ def contract_features(
     product = functools.partial(
         _times_weights, weights=rhs, rhs_axis=rhs_axis, batch_dims=batch_dims, execution=execution, precision=precision
     )
-    result = product(lhs.residual)
-    corrected = any(term is not None for term in (lhs.mean, lhs.low_rank))
-    if corrected and execution.rounded and jnp.dtype(dtype).itemsize < result.dtype.itemsize:
+    result = product(lhs.residual, dtype=dtype)
+    if lhs.mean is None and lhs.low_rank is None:
+        return result
+    if execution.rounded and jnp.dtype(dtype).itemsize < result.dtype.itemsize:
         # The barrier keeps XLA from taking the rounding back (xla_allow_excess_precision).
-        result = lax.optimization_barrier(result.astype(dtype)).astype(result.dtype)
+        result = lax.optimization_barrier(result.astype(dtype))
+    result = result.astype(_accumulator(result))
     with scopes.of_correction():
         if lhs.mean is not None:
             row = product(lhs.mean, few_rows=True)
@@ -142,15 +148,20 @@ def _mean_corrections(x: Part, d: Part, recipe: Recipe, shape, batch_dims, row_m
     return result
 
 
-def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, execution, precision, few_rows=False):
-    """[*batch, *rows, features] × W or, for `rhs_axis` -1, Wᵀ."""
+def _times_weights(rows, *, weights: Part, rhs_axis, batch_dims, execution, precision, few_rows=False, dtype=None):
+    """[*batch, *rows, features] × W or, for `rhs_axis` -1, Wᵀ.
+
+    dtype: what the result may be rounded to, where it is written in that once.
+    """
+    if few_rows:  # less than a tile of the kernel
+        execution = dataclasses.replace(execution, fused=False)
     if few_rows and not isinstance(rows, QTensor):
         # They cost little: a mean in high precision, or a factor, is multiplied in full float32 on every backend.
         precision = lax.Precision.HIGHEST
     product = functools.partial(_product, batch_dims=batch_dims, execution=execution)
-    result = product(rows, weights.residual, rhs_axis, precision=precision)
     if weights.low_rank is None:
-        return result
+        return product(rows, weights.residual, rhs_axis, precision=precision, dtype=dtype)
+    result = product(rows, weights.residual, rhs_axis, precision=precision)
     with scopes.of_correction():
         left, right = low_rank_factors_of(weights.low_rank, batch_dims)  # W = left · right
         first, second = (left, right) if rhs_axis == -2 else (right, left)
@@ -182,11 +193,11 @@ def _over_tokens(lhs, rhs, *, rank, batch_dims, execution, precision):
     return result
 
 
-def _product(lhs, rhs, rhs_axis, *, batch_dims, execution, precision):
+def _product(lhs, rhs, rhs_axis, *, batch_dims, execution, precision, dtype=None):
     """[*batch, *rows, features] × [*batch, features, out], or its transpose for `rhs_axis` -1."""
     axes = (-1, rhs_axis)
     contracted = ((-1,), (rhs_axis,))
-    result, lhs_scale, rhs_scale = _unscaled(lhs, rhs, contracted, axes, batch_dims, execution, precision)
+    result, lhs_scale, rhs_scale = _unscaled(lhs, rhs, contracted, axes, batch_dims, execution, precision, dtype)
     if lhs_scale is not None:
         result = result * lhs_scale
     if rhs_scale is not None:
@@ -195,18 +206,17 @@ def _product(lhs, rhs, rhs_axis, *, batch_dims, execution, precision):
     return result
 
 
-def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, precision):
+def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, precision, dtype=None):
     """(the product without the float32 scales that are given back, the lhs' scale or None, the rhs' scale or None).
 
     Args:
       contracted: of each operand, the axes summed over (negative); axes: that of them which is in whole blocks.
+      dtype: as in `_times_weights`; None: float32.
     """
-    if execution.native and isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
-        misfit = native.misfit(lhs, rhs, contracted)
-        if misfit is None:
-            with scopes.of_operands(lhs, rhs):
-                return native.product(lhs, rhs, contracted, batch_dims), lhs.tensor_scale, rhs.tensor_scale
-        _report_emulation(str(lhs.format), str(rhs.format), misfit)
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        found = _from_codes(lhs, rhs, contracted, batch_dims, execution, dtype or jnp.dtype(jnp.float32))
+        if found is not None:
+            return found
     (lhs_values, lhs_scale), (rhs_values, rhs_scale) = (
         _operand(value, over, axis, execution.dtype)
         for value, over, axis in zip((lhs, rhs), contracted, axes, strict=True)
@@ -229,6 +239,23 @@ def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, prec
     if one_row:
         result = lax.slice_in_dim(result, 0, 1, axis=result.ndim - 2)
     return result, lhs_scale, rhs_scale
+
+
+def _from_codes(lhs: QTensor, rhs: QTensor, contracted, batch_dims, execution: Execution, dtype):
+    """`_unscaled` by what takes the operands as they are stored, or None."""
+    if execution.native:
+        reason = native.misfit(lhs, rhs, contracted)
+        if reason is None:
+            with scopes.of_operands(lhs, rhs):
+                return native.product(lhs, rhs, contracted, batch_dims), lhs.tensor_scale, rhs.tensor_scale
+        _report_emulation(str(lhs.format), str(rhs.format), f"not on FP4 tensor cores: {reason}")
+    if execution.fused:
+        reason = fused.misfit(lhs, rhs, contracted, batch_dims)
+        if reason is None:
+            with scopes.of_operands(lhs, rhs):
+                return fused.product(lhs, rhs, contracted, batch_dims, dtype), None, None
+        _report_emulation(str(lhs.format), str(rhs.format), f"not by the kernel: {reason}")
+    return None
 
 
 def _for_device(lhs, rhs, contracted):
@@ -261,7 +288,7 @@ def _is_slow_row(lhs, contracted, batch_dims: int) -> bool:
 @functools.cache
 def _report_emulation(lhs: str, rhs: str, reason: str) -> None:
     """Says so once for every pair of formats."""
-    _log.warning("products of %s x %s are emulated, not on FP4 tensor cores: %s", lhs, rhs, reason)
+    _log.warning("products of %s x %s are emulated, %s", lhs, rhs, reason)
 
 
 def _precision_of(lhs, lhs_scale, rhs, rhs_scale, precision):
@@ -319,7 +346,7 @@ def _pad_to(x, axis, size):
 
 def best() -> Execution:
     """The execution for this device: native where it has FP4 tensor cores."""
-    return Execution(hardware.emulation_dtype(), native.unsupported_reason() is None, _rounded())
+    return Execution(hardware.emulation_dtype(), native=native.unsupported_reason() is None, rounded=_rounded())
 
 
 def emulated() -> Execution:
@@ -337,3 +364,11 @@ def native_or_error() -> Execution:
     if reason:
         raise NotImplementedError(f"gemm='native': {reason}; gemm='emulated' gives the same values on any device")
     return best()
+
+
+def fused_or_error() -> Execution:
+    """The execution by `fp4jax.fused`; raises NotImplementedError where there is none, naming the device."""
+    reason = fused.unsupported_reason()
+    if reason:
+        raise NotImplementedError(f"gemm='fused': {reason}; gemm='emulated' gives the same values on any device")
+    return dataclasses.replace(emulated(), fused=True)

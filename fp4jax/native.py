@@ -6,16 +6,22 @@ scales of the operands multiply the result, outside of here. So the result is th
 additions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
 
 from fp4jax import hardware
 from fp4jax.numerics import QTensor, formats
+from pallas_kernels import partition_products
+from pallas_kernels.partition_products import Codes
 
 _BLOCK = 16
 _LEAST_CAPABILITY = (10, 0)
+Axes = tuple[int, ...]
 
 
 def unsupported_reason() -> str | None:
@@ -42,29 +48,45 @@ def misfit(lhs: QTensor, rhs: QTensor, contracted: tuple[tuple[int, ...], tuple[
     return None if sizes[0] == sizes[1] else f"the operands are padded to different sizes, {sizes[0]} and {sizes[1]}"
 
 
-def product(
-    lhs: QTensor, rhs: QTensor, contracted: tuple[tuple[int, ...], tuple[int, ...]], batch_dims: int
-) -> Float32[Array, "..."]:
+def product(lhs: QTensor, rhs: QTensor, contracted: tuple[Axes, Axes], batch_dims: int) -> Float32[Array, "..."]:
     """The product of elements × block scales, without the float32 scales: [*batch, *lhs rows, *rhs rows].
 
     Args:
       contracted: of each operand, the axes that are summed over (negative, ascending); one of them is blocked.
       batch_dims: leading axes of both that count independent products.
     """
-    (x, x_scales, x_rows), (w, w_scales, w_rows) = (
-        _operand(value, axes, batch_dims) for value, axes in zip((lhs, rhs), contracted, strict=True)
+    left, right = (
+        partition_products.operand(*_along(value, axes), axes, batch_dims, row)
+        for value, axes, row in ((lhs, contracted[0], "m"), (rhs, contracted[1], "n"))
     )
-    result = jax.nn.scaled_matmul(x, w, x_scales, w_scales, preferred_element_type=jnp.float32)
-    return result.reshape(*lhs.padded_shape[:batch_dims], *x_rows, *w_rows)
+    multiply = functools.partial(_scaled_matmul, contracted, batch_dims)
+    if hardware.current().devices > 1:
+        return partition_products.product_over_shards(multiply, left, right)
+    return multiply(left.codes, left.scales, right.codes, right.scales)
 
 
-def _operand(value: QTensor, contracted: tuple[int, ...], batch_dims: int):
-    """(elements [batch, rows, K], scales [batch, rows, K / 16], logical sizes of the rows).
+def _along(value: QTensor, contracted: Axes) -> tuple[Codes, Codes]:
+    return value.along(next(axis for axis, _ in value.blocked if axis in contracted))
+
+
+def _scaled_matmul(
+    contracted: tuple[Axes, Axes], batch_dims: int,
+    codes: Codes, scales: Codes, rhs_codes: Codes, rhs_scales: Codes, *, dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "..."]:  # fmt: skip
+    """`product` of codes and scales in blocks along a contracted axis, of one device."""
+    (x, x_scales, x_rows), (w, w_scales, w_rows) = (
+        _operand(*parts, axes, batch_dims)
+        for parts, axes in zip(((codes, scales), (rhs_codes, rhs_scales)), contracted, strict=True)
+    )
+    result = jax.nn.scaled_matmul(x, w, x_scales, w_scales, preferred_element_type=dtype)
+    return result.reshape(*codes.shape[:batch_dims], *x_rows, *w_rows)
+
+
+def _operand(codes: Codes, scales: Codes, contracted: Axes, batch_dims: int):
+    """(elements [batch, rows, K], scales [batch, rows, K / 16], sizes of the rows).
 
     Axes are moved while two codes share a byte: as elements of half a byte they would be moved one by one.
     """
-    axis = next(axis for axis, _ in value.blocked if axis in contracted)
-    codes, scales = value.along(axis)
     rows = tuple(a for a in range(batch_dims - codes.ndim, 0) if a not in contracted)
     sizes = tuple(codes.shape[a] for a in rows)
     order = tuple(range(batch_dims)) + tuple(a % codes.ndim for a in rows + contracted)

@@ -154,11 +154,11 @@ def over_shards(
 
     def partition(mesh, arguments, _):
         shape = shapes[0][0]
-        shards = _shards(mesh, arguments[0].sharding, shape)
+        shards = shards_of(mesh, arguments[0].sharding, shape)
         for axis, unit in follows.units.items():
             shards.check(axis, unit, follows.what)
         given, made = (tuple(_placed(shards, follows, each) for each in side) for side in shapes)
-        return shards.mesh, _outside_meshes(local(shards)), made, given
+        return shards.mesh, outside_meshes(local(shards)), made, given
 
     partitioned = custom_partitioning(function)
     text, sizes = follows.rule(*shapes)
@@ -166,7 +166,7 @@ def over_shards(
     return partitioned(*operands)
 
 
-def _outside_meshes(function: Callable) -> Callable:
+def outside_meshes(function: Callable) -> Callable:
     """The program of one device, traced without the ambient mesh, whose Explicit axes would type what is inside."""
 
     def run(*operands):
@@ -176,7 +176,7 @@ def _outside_meshes(function: Callable) -> Callable:
     return run
 
 
-def _shards(mesh: Mesh, sharding: Sharding, shape: Shape) -> Shards:
+def shards_of(mesh: Mesh, sharding: Sharding, shape: Shape) -> Shards:
     """The sharding in terms of a mesh, read off the places of the shards: it need not have names.
 
     Raises:

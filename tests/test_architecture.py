@@ -43,6 +43,7 @@ LEVELS = {
     "fp4jax.explicit": 2,
     "fp4jax.gemm": 2,
     "fp4jax.native": 2,
+    "fp4jax.fused": 2,
     "fp4jax.scopes": 2,
     "fp4jax.batching": 2,
     "fp4jax.statistics": 2,
@@ -91,7 +92,7 @@ ONLY_IMPORTS = {
     "pallas_kernels": {"pallas_kernels", "fp4jax.numerics"},
 }
 CONFIG_LIBRARIES = {"ml_collections"}
-KERNEL_IMPORTERS = {"fp4jax.quantizers", "benchmarks"}
+KERNEL_IMPORTERS = {"fp4jax.quantizers", "fp4jax.fused", "fp4jax.native", "benchmarks"}
 SCRIPTS = ("train", "eval")
 
 MAX_FILE_LINES = 400
@@ -199,7 +200,7 @@ def import_cycles(root: Path) -> list[str]:
 
 
 def kernel_importers(root: Path) -> list[str]:
-    """An importer of pallas_kernels other than the quantizers, among which the dot chooses, and what measures them."""
+    """An importer of pallas_kernels other than what the dot chooses from, and what measures them."""
     return [
         f"{module.name}:{line} imports {target}; only {sorted(KERNEL_IMPORTERS)} may"
         for module in modules(root).values()

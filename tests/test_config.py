@@ -54,7 +54,7 @@ def test_defaults_are_valid_and_locked():
         ("seed", -1, "seed=-1: must be 0 or more"),
         ("seed", 2**31, "seed=2147483648: must be below 2^31"),
         ("backend", "cuda", "backend='cuda' is unknown; accepted: auto, xla, pallas"),
-        ("gemm", "fast", "gemm='fast' is unknown; accepted: auto, native, emulated"),
+        ("gemm", "fast", "gemm='fast' is unknown; accepted: auto, native, emulated, fused"),
         ("model.remat", "some", "model.remat='some' is unknown; accepted: none, full, linear_inputs"),
         ("model.dtype", "float16", "model.dtype='float16' is unknown; accepted: bfloat16, float32"),
         ("model.num_kv_heads", 3, "model.num_heads=4 is not divisible by model.num_kv_heads=3"),

@@ -81,7 +81,7 @@ unchecked = inspect.unwrap  # without the type checker of the tests, which would
         (dict(probe=np.zeros((len(GRADIENT_STATISTICS),), np.float16)), "probe must be"),
         (dict(recipe="averes"), "unknown recipe 'averes'; known: bf16"),
         (dict(backend="cuda"), "backend must be one of auto, xla, pallas, got 'cuda'"),
-        (dict(gemm="fp4"), "gemm must be one of auto, emulated, native, got 'fp4'"),
+        (dict(gemm="fp4"), "gemm must be one of auto, emulated, native, fused, got 'fp4'"),
         (
             dict(key=np.zeros((3,), np.uint32)),
             r"key must be one JAX random key of 2 or 4 uint32 words, got uint32\[3\]",

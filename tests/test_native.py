@@ -43,7 +43,7 @@ def quantized(*shape, axis, axes=None, batch_dims=0):
 
 def as_stored(value: QTensor, contracted, batch_dims):
     """Element × block scale of `native._operand`, back in the order [*batch, *rows, *contracted]."""
-    elements, scales, rows = native._operand(value, contracted, batch_dims)
+    elements, scales, rows = native._operand(*native._along(value, contracted), contracted, batch_dims)
     assert (elements.dtype, scales.dtype) == (jnp.float4_e2m1fn, jnp.float8_e4m3fn)
     assert elements.shape[-1] == 16 * scales.shape[-1] and elements.ndim == scales.ndim == 3
     values = elements.astype(jnp.float32) * jnp.repeat(scales.astype(jnp.float32), 16, axis=-1)

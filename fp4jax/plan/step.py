@@ -146,16 +146,15 @@ def _quantization(report: Report) -> dict:
     check = report.compiled
     return {
         "products": check.products, "operands": check.operands, "coded": check.coded, "folded": list(check.folded),
-        "native": _native_kinds(report), "emulated": _native_kinds(report, native=False),
-    }  # fmt: skip
+    } | {way: _kinds(report, way) for way in ("native", "fused", "emulated")}  # fmt: skip
 
 
-def _native_kinds(report: Report, native: bool = True) -> list[str]:
-    """The kinds of products, "fprop NVFP4 x NVFP4", that the compiled program runs natively, or does not."""
+def _kinds(report: Report, way: str) -> list[str]:
+    """The kinds of products, "fprop NVFP4 x NVFP4", that the compiled program runs that way."""
     return sorted(
         f"{gemm} {' x '.join(formats)}"
         for (_, gemm, formats), ways in report.compiled.execution.items()
-        if any(way.startswith("native") == native for way in ways)
+        if any(found.startswith(way) for found in ways)
     )
 
 

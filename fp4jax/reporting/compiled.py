@@ -49,7 +49,7 @@ def check(text: str, platform: str) -> CompiledCheck:
         scope = scopes.read(product.scope)
         if not scope.quantized or scope.recipe is None or STATISTICS in product.scope:
             continue
-        sources = [program.precise_source(operand) for operand in program.operands(product)[:2]]
+        sources = [program.precise_source(operand) for operand in program.multiplied(product)]
         kept = min(sum(source is None for source in sources), scope.quantized)
         products, operands, coded = products + 1, operands + scope.quantized, coded + kept
         if kept < scope.quantized:
@@ -62,6 +62,8 @@ def check(text: str, platform: str) -> CompiledCheck:
 
 
 def _execution(program: Program, product: Instruction) -> str:
+    if product.is_fused:
+        return "fused"
     native = _NATIVE.search(product.rest)
     if native:
         return f"native ({native[1]})"

@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from fp4jax import scopes
+
 _FEW_BITS = re.compile(r"(pred|[su][248]|f8\w+|f4\w+)\[")
 _FLOATS = re.compile(r"\(?(f64|f32|f16|bf16)\[")
 _REDUCTIONS = {"reduce", "reduce-window"}
@@ -18,6 +20,7 @@ _MANY = 16
 _GIVEN = {"constant", "iota", "rng", "partition-id", "replica-id", "after-all"}
 _FIRST_OPERANDS = {"dynamic-slice": 1, "gather": 1, "dynamic-update-slice": 2}  # those behind are positions
 _PRODUCTS = {"dot", "convolution", "ragged-dot", "scaled-dot"}
+_KERNEL_CALL = 'custom_call_target="mosaic_gpu'
 _PRODUCT_CALLS = re.compile(r'custom_call_target="(__cublas\$\w+(\$\w+)*|__cudnn\$\w+|__onednn\$matmul)"')
 
 
@@ -45,7 +48,13 @@ class Instruction:
 
     @property
     def is_product(self) -> bool:
-        return self.opcode in _PRODUCTS or (self.opcode == "custom-call" and bool(_PRODUCT_CALLS.search(self.rest)))
+        is_call = self.opcode == "custom-call" and bool(_PRODUCT_CALLS.search(self.rest))
+        return self.opcode in _PRODUCTS or is_call or self.is_fused
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is a kernel that multiplies: of ours, one where a product is asked for."""
+        return self.opcode == "custom-call" and _KERNEL_CALL in self.rest and bool(scopes.read(self.scope).quantized)
 
     @property
     def branches(self) -> list[str]:
@@ -114,6 +123,10 @@ class Program:
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self.instructions[instruction.computation, name] for name in instruction.operands]
+
+    def multiplied(self, product: Instruction) -> list[Instruction]:
+        """Both operands of a product; of a kernel their codes, which scales stand beside."""
+        return self.operands(product)[1:4:2] if product.is_fused else self.operands(product)[:2]
 
     def precise_source(self, value: Instruction) -> Instruction | None:
         """A floating-point input or a product that reaches `value` in full precision, or None."""

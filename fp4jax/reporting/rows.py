@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from fp4jax.reporting.walk import Level, Origin, Product
+from fp4jax.reporting.walk import FUSED, Level, Origin, Product
 
 _WRAPPERS = re.compile(r"[a-z_]+\(|\)|(^|/)(rematted_computation|checkpoint)(?=/|$)")
 _LAYER_SUFFIX = re.compile(r"\.(kernel|weight)$")
@@ -39,7 +39,7 @@ class Row:
       recipe: its name; None for a product that was not given to fp4jax.
       operands: the formats of both.
       precision: by the wider operand.
-      execution: how a quantized product runs: "native", or "emulated" and the dtype it is multiplied in.
+      execution: how a quantized product runs: "native", "fused", or "emulated" and the dtype it is multiplied in.
       count: executions of the function's one call; flops: multiply-adds x 2 of all of them.
       reason: why it is not in FP4; "" where it is. note: what encloses it that may run it another number of times.
     """
@@ -174,6 +174,8 @@ def _row(product: Product, layer: str, gemm: str, reason: str) -> Row:
 
 
 def _execution(product: Product) -> str:
+    if product.primitive == FUSED:
+        return "fused"
     return "native" if product.primitive.startswith("scaled_matmul") else f"emulated in {product.dtypes[0]}"
 
 

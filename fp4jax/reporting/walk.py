@@ -24,8 +24,11 @@ from fp4jax.statistics import SCOPE as STATISTICS
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scaled_matmul_wrapper", "scaled_matmul"}
 # cuDNN's attention is one primitive: scores and values; backward, scores again and four gradients.
 _ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+# The jitted function of a kernel that multiplies, by its name; fp4jax.fused.
+FUSED = "dequant_matmul"
 _OPAQUE = ("ffi_call", "custom_call", "dot_product_attention", "pure_callback")
 _OURS = Path(__file__).resolve().parents[1]
+_KERNELS = _OURS.parent / "pallas_kernels"
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/"
 _LIBRARIES = ("jax", "jaxlib", "jaxtyping", "beartype", "flax", "equinox", "haiku", "optax")
 
@@ -159,6 +162,9 @@ class _Walk:
             self.products.append(product)
             of_operands = product.scope.is_preparation  # factors of the weights are still weights
             return [Origin.join(origins) if of_operands else COMPUTED] * len(eqn.outvars)
+        if name == "jit" and eqn.params["name"] == FUSED:
+            self.products.append(_fused(eqn, origins, place))
+            return [COMPUTED]
         if name in _ATTENTION:
             self.products.append(_attention(eqn, origins, place))
             return [COMPUTED] * len(eqn.outvars)
@@ -244,6 +250,19 @@ def _product(eqn: JaxprEqn, origins: list[Origin], place: _Place) -> Product:
     )  # fmt: skip
 
 
+def _fused(eqn: JaxprEqn, origins: list[Origin], place: _Place) -> Product:
+    """The kernel's operands: a scale a product, then codes and scales of each side, packed along the contraction."""
+    _, codes, scales, rhs_codes, _ = (var.aval for var in eqn.invars)
+    (batch, *rows), down_columns = eqn.outvars[0].aval.shape, scales.dtype == jnp.uint8
+    contraction = 2 * codes.shape[1 if down_columns else 2]
+    path = "/".join((*place.path, *filter(None, [str(eqn.source_info.name_stack)])))
+    return Product(
+        FUSED, path, place.source or _source(eqn), ((batch, rows[0], contraction), (batch, rows[1], contraction)),
+        (codes.dtype.name, rhs_codes.dtype.name), (Origin.join(origins[1:3]), Origin.join(origins[3:5])), contraction,
+        2 * batch * math.prod(rows) * contraction, place.count, place.inside, place.is_live,
+    )  # fmt: skip
+
+
 def _attention(eqn: JaxprEqn, origins: list[Origin], place: _Place) -> Product:
     """Its products as executions of one: each has as many FLOPs as the scores, those behind a causal mask included."""
     query, key = (var.aval for var in eqn.invars[:2])
@@ -293,6 +312,7 @@ def _source(eqn: JaxprEqn) -> Source | None:
 def _is_machinery(file: str) -> bool:
     """A file of the standard library, of JAX and what builds models on it, or of this package below the models."""
     ours = Path(file).parent in (_OURS, _OURS / "numerics", _OURS / "reporting") or file.startswith("<@beartype")
+    ours = ours or _KERNELS in Path(file).parents
     return ours or file.startswith(_STANDARD_LIBRARY) and "/site-packages/" not in file or any(
         f"/site-packages/{library}/" in file for library in _LIBRARIES
     )  # fmt: skip

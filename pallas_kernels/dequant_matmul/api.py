@@ -1,12 +1,15 @@
 """`dequant_matmul`: the product of two quantized operands by one kernel that reads their codes."""
 
+import functools
 import math
 
 import jax
-from jaxtyping import Array, Float32
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from fp4jax.numerics import E2M1, E4M3, NVFP4, QTensor
-from pallas_kernels import compat
+from pallas_kernels import compat, partition_products
 from pallas_kernels.dequant_matmul import kernel, local
 
 _CAPABILITY = "9.0"
@@ -48,10 +51,12 @@ def dequant_matmul(
     rhs: QTensor,
     contracted: tuple[Axes, Axes],
     batch_dims: int = 0,
+    dtype: DTypeLike = jnp.float32,
     *,
     device: compat.Device | None = None,
+    partitioned: bool = False,
     interpret: bool = False,
-) -> Float32[Array, "..."]:
+) -> Float[Array, "..."]:
     """The product of the represented values, [*batch, *lhs rows, *rhs rows], accumulated in float32.
 
     Element × block scale is exact in what is multiplied, products are added in an order that the shape decides, and the
@@ -63,29 +68,36 @@ def dequant_matmul(
     Args:
       lhs, rhs: E2M1 in blocks of 16 with scales in E4M3 and one float32 scale a matrix, logical shapes [*batch, *rows,
         features] with blocks along the last axis, or [*batch, *tokens, features] with blocks along the last axis but
-        one, or 16x16 over both; at least 128 rows.
+        one, or 16x16 over both; at least 128 rows, of a shard too.
       contracted: of each operand the axes that are summed over, negative and ascending: (-1,), or all behind the batch
         but the last.
       batch_dims: leading axes of both that count independent products.
+      dtype: float32, or bfloat16 to which the sum is rounded once, before it is written.
       device: the device the program is compiled for; default: the first of `jax.devices()`.
+      partitioned: on a mesh, multiply the shards where they lie.
       interpret: run the kernel in Pallas' GPU interpreter instead, on any device: for tests.
 
     Raises:
       NotImplementedError: the device or the JAX release is not served.
       ValueError: the operands are none that the kernel multiplies: `misfit` says why.
+      jax.errors.JaxRuntimeError: when it is compiled, a shard of fewer than 128 rows.
     """
     reason = compat.not_interpreted() if interpret else unsupported_reason(device)
     if reason:
         raise NotImplementedError(f"{reason}; multiply the dequantized operands instead")
     if reason := misfit(lhs, rhs, contracted, batch_dims):
         raise ValueError(f"dequant_matmul: {reason}")
-    (left, rows), (right, columns) = (
-        local.operand(value, axes, batch_dims) for value, axes in zip((lhs, rhs), contracted, strict=True)
+    left, right = (
+        partition_products.operand(*value.along(axes[-1]), axes, batch_dims, row)
+        for value, axes, row in ((lhs, contracted[0], "m"), (rhs, contracted[1], "n"))
     )
     batch = lhs.shape[:batch_dims]
-    scale = (lhs.tensor_scale.reshape(-1) * rhs.tensor_scale.reshape(-1)).reshape(math.prod(batch))
-    result = local.product(scale, left, right, interpret=interpret)
-    return result.reshape(*batch, *rows, *columns)
+    scale = lhs.tensor_scale.reshape(batch) * rhs.tensor_scale.reshape(batch)
+    dtype = jnp.dtype(dtype)
+    multiply = functools.partial(local.product, contracted, batch_dims, interpret=interpret)
+    if partitioned:
+        return partition_products.product_over_shards(multiply, left, right, scale, dtype=dtype)
+    return multiply(left.codes, left.scales, right.codes, right.scales, scale, dtype=dtype)
 
 
 def _unfit(value: QTensor, axes: Axes, batch_dims: int) -> str | None:

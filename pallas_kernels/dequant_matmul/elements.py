@@ -103,7 +103,8 @@ class _Register:
         return _Register(arith.shrui(self.value, _constant(bits)))
 
     def permuted(self, selector: int) -> "_Register":
-        return _Register(mgpu.utils.prmt(_constant(0), self.value, _constant(selector)))
+        # PTX counts the bytes of the first source from 0, of the second from 4, whatever JAX calls its arguments.
+        return _Register(mgpu.utils.prmt(self.value, _constant(0), _constant(selector)))
 
 
 def _constant(bits: int) -> ir.Value:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from pallas_kernels import compat
 from pallas_kernels.dequant_matmul import decode
@@ -33,11 +33,19 @@ Parts = tuple[UInt8[Array, "batch ..."], Shaped[Array, "batch ..."]]
 """Codes and scales of an operand, as `decode` describes them."""
 
 
-@functools.partial(jax.jit, static_argnames=("lhs_columns", "rhs_columns", "interpret"))  # lowered once for many calls
-def product(
-    scale: Float32[Array, " batch"], lhs: Parts, rhs: Parts, *, lhs_columns: bool, rhs_columns: bool, interpret: bool
-) -> Float32[Array, "batch m n"]:
-    """The product of elements × block scales, times `scale`.
+# Lowered once for many calls; `fp4jax.report` knows it by its name.
+@functools.partial(jax.jit, static_argnames=("lhs_columns", "rhs_columns", "dtype", "interpret"))
+def dequant_matmul(
+    scale: Float32[Array, " batch"],
+    lhs: Parts,
+    rhs: Parts,
+    *,
+    lhs_columns: bool,
+    rhs_columns: bool,
+    dtype: jnp.dtype,
+    interpret: bool,
+) -> Float[Array, "batch m n"]:
+    """The product of elements × block scales, times `scale`, rounded to `dtype`.
 
     Args:
       lhs, rhs: of m and n rows, `MIN_ROWS` or more (n a multiple of 2), in whole tiles along the contraction.
@@ -50,7 +58,7 @@ def product(
     right = Side(rhs_columns, _WIDE if n >= _WIDE else MIN_ROWS, interpret)
     return plgpu.kernel(
         functools.partial(_kernel, left=left, right=right, steps=left_sizes[not lhs_columns] // decode.BYTES),
-        out_type=jax.ShapeDtypeStruct((batch, m, n), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((batch, m, n), dtype),
         scratch_types=(
             plgpu.SMEM((_SLOTS, *left.shape), jnp.float16, transforms=_TRANSFORMS),
             plgpu.SMEM((_SLOTS, *right.shape), jnp.float16, transforms=_TRANSFORMS),
@@ -101,4 +109,5 @@ def _kernel(scale_ref, *refs, left: Side, right: Side, steps: int):
 
     total = pl.run_scoped(accumulate, plgpu.ACC((mine, right.extent), jnp.float32))
     out = out_ref.at[batch, pl.ds(row + warpgroup * mine, mine), pl.ds(column, right.extent)]
-    compat.store(out, total * (scale_ref[batch] * decode.UNIT_PRODUCT), plgpu.Layout.WGMMA)
+    total = total * (scale_ref[batch] * decode.UNIT_PRODUCT)
+    compat.store(out, total.astype(out_ref.dtype), plgpu.Layout.WGMMA)

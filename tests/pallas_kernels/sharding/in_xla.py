@@ -15,6 +15,7 @@ from fp4jax.numerics.scales import largest_magnitude
 from pallas_kernels.column_stats import kernel
 from pallas_kernels.column_stats import local as stats_local
 from pallas_kernels.column_sums import local as sums_local
+from pallas_kernels.dequant_matmul import kernel as products
 from pallas_kernels.quantize import elements, local
 
 
@@ -28,6 +29,7 @@ def install(monkeypatch) -> None:
         (local, hadamard_amax),
         (sums_local, column_sums),
         (stats_local.kernel, partial_stats),
+        (products, dequant_matmul),
     ):
         monkeypatch.setattr(module, function.__name__, function)
 
@@ -81,6 +83,23 @@ def partial_stats(x, *, vector, levels, interpret):
     zeros, edges = jnp.pad(x, padded), jnp.pad(x, padded, mode="edge")
     zeros, edges = (each.reshape(batch, -1, stretch, columns) for each in (zeros, edges))
     return tree_sum(zeros), jnp.min(edges, axis=2), jnp.max(edges, axis=2)
+
+
+def dequant_matmul(scale, lhs, rhs, *, lhs_columns, rhs_columns, dtype, interpret):
+    del interpret
+    left, right = (_decoded(*of, columns) for of, columns in ((lhs, lhs_columns), (rhs, rhs_columns)))
+    result = jnp.einsum("bmk,bnk->bmn", left, right, precision=lax.Precision.HIGHEST)
+    return (result * scale[:, None, None]).astype(dtype)
+
+
+def _decoded(codes, scales, columns):
+    """Element × block scale, [batch, rows, contraction]."""
+    if not columns:  # four blocks a word
+        scales = lax.bitcast_convert_type(scales, jnp.uint8).reshape(*scales.shape[:2], -1)
+    axis = -2 if columns else -1
+    values = rounding.decode(rounding.unpack(codes, axis), NVFP4.element)
+    values = values * jnp.repeat(rounding.decode_scale(scales, NVFP4.scale), NVFP4.block, axis=axis)
+    return jnp.swapaxes(values, -1, -2) if columns else values
 
 
 def _centered(x, center):
