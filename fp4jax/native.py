@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, UInt8
 
 from fp4jax import hardware
 from fp4jax.numerics import QTensor, formats
-from pallas_kernels import partition_products
-from pallas_kernels.partition_products import Codes
 
 _BLOCK = 16
 _LEAST_CAPABILITY = (10, 0)
 Axes = tuple[int, ...]
+Codes = UInt8[Array, "..."]
 
 
 def unsupported_reason() -> str | None:
@@ -55,14 +54,17 @@ def product(lhs: QTensor, rhs: QTensor, contracted: tuple[Axes, Axes], batch_dim
       contracted: of each operand, the axes that are summed over (negative, ascending); one of them is blocked.
       batch_dims: leading axes of both that count independent products.
     """
-    left, right = (
-        partition_products.operand(*_along(value, axes), axes, batch_dims, row)
-        for value, axes, row in ((lhs, contracted[0], "m"), (rhs, contracted[1], "n"))
-    )
     multiply = functools.partial(_scaled_matmul, contracted, batch_dims)
-    if hardware.current().devices > 1:
-        return partition_products.product_over_shards(multiply, left, right)
-    return multiply(left.codes, left.scales, right.codes, right.scales)
+    left, right = (_along(value, axes) for value, axes in zip((lhs, rhs), contracted, strict=True))
+    if hardware.current().devices == 1:
+        return multiply(*left, *right)
+    from pallas_kernels import partition_products as several  # on demand: few programs need it
+
+    operands = (
+        several.operand(*parts, axes, batch_dims, row)
+        for parts, axes, row in zip((left, right), contracted, ("m", "n"), strict=True)
+    )
+    return several.product_over_shards(multiply, *operands)
 
 
 def _along(value: QTensor, contracted: Axes) -> tuple[Codes, Codes]:
