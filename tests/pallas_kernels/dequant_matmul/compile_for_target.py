@@ -1,7 +1,7 @@
-"""Compiles `dequant_matmul` for a GPU that is not there: `compile_for_target.py TARGET GEMM SIZES`.
+"""Compiles `dequant_matmul` for a GPU that is not there: `compile_for_target.py TARGET GEMM SIZES [DTYPE]`.
 
-SIZES: tokens, inputs, outputs. GEMM: fprop, dgrad or wgrad. Prints the optimized HLO. One process for each program:
-Mosaic keeps compiled kernels without regard to the target.
+SIZES: tokens, inputs, outputs. GEMM: fprop, dgrad or wgrad. DTYPE: of the result. Prints the optimized HLO. One process
+for each program: Mosaic keeps compiled kernels without regard to the target.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pallas_kernels.dequant_matmul import dequant_matmul
 from tests.pallas_kernels import targets
 
 
-def main(target: str, gemm: str, shape: str) -> None:
+def main(target: str, gemm: str, shape: str, dtype: str = "float32") -> None:
     device = targets.device(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
     tokens, inputs, outputs = map(int, shape.split(","))
@@ -36,7 +36,7 @@ def main(target: str, gemm: str, shape: str) -> None:
 
     contracted = tuple((axis,) for axis in axes)
     operands = [described(*each) for each in zip(shapes, axes, strict=True)]
-    product = jax.jit(lambda lhs, rhs: dequant_matmul(lhs, rhs, contracted, device=device))
+    product = jax.jit(lambda lhs, rhs: dequant_matmul(lhs, rhs, contracted, 0, dtype, device=device))
     print(product.lower(*operands).compile().as_text())
 
 
