@@ -1,7 +1,6 @@
 """What instructions compute: functions of arrays with an entry a lane, as the PTX manual defines them.
 
-A result that is NaN is the canonical one, 0x7FFFFFFF. Sums and products are not contracted, which ptxas may do where no
-rounding is named.
+A result that is NaN is the canonical one, 0x7FFFFFFF.
 """
 
 import operator

@@ -2,7 +2,8 @@
 
 For kernels of Hopper GPUs that read device memory and write other device memory, without TMA. Warps of a thread block
 take turns in an order that is chosen: all of one as far as it goes, or a statement of each. A matrix product is done
-when it is asked for or as late as may be. What is right under all of these, with `memory` looking on, needs no luck.
+when it is asked for or as late as may be. Products and sums of float32 whose rounding is not named are contracted, as
+ptxas may do, or not. What is right under all of these, with `memory` looking on, needs no luck.
 """
 
 import dataclasses
@@ -25,14 +26,13 @@ def run(
     launch: Launch,
     inputs: Sequence[np.ndarray],
     results: Sequence[tuple[tuple[int, ...], np.dtype]],
-    order: str = "forwards",
-    late: bool = True,
+    choices: "Choices",
 ) -> list[np.ndarray]:
     """The results of a kernel.
 
     Args:
       inputs: the kernel's operands; results: shapes and dtypes of what it writes.
-      order: of warps, one of ORDERS; late: matrix products read their tiles when they are waited for.
+      choices: what the hardware or its compiler may do one way or the other.
 
     Raises:
       Fault: what the kernel must not do, with the statement.
@@ -41,8 +41,21 @@ def run(
     device = Device(inputs, results)
     addresses = dict(zip(program.parameters, (device.addresses[i] for i in launch.arguments), strict=True))
     for z, y, x in itertools.product(*map(range, reversed(launch.grid))):
-        _Block(program, launch, device, addresses, (x, y, z), late).run(order)
+        _Block(program, launch, device, addresses, (x, y, z), choices).run()
     return device.results()
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Attributes:
+    order: of warps, one of ORDERS.
+    late: matrix products read their tiles when they are waited for.
+    contract: a product and a sum of it are rounded once.
+    """
+
+    order: str = "backwards"
+    late: bool = True
+    contract: bool = False
 
 
 @dataclasses.dataclass
@@ -66,15 +79,16 @@ class _Barrier:
 class _Block:
     """A thread block."""
 
-    def __init__(self, program: Program, launch: Launch, device: Device, addresses, index, late: bool):
-        self.program, self.device, self.addresses, self.index, self.late = program, device, addresses, index, late
+    def __init__(self, program: Program, launch: Launch, device: Device, addresses, index, choices: Choices):
+        self.program, self.device, self.addresses, self.index, self.choices = program, device, addresses, index, choices
         count = launch.threads // LANES
         self.shared = Shared(launch.shared_bytes, count)
         self.threads = launch.threads
         self.barriers: dict[tuple[str, int], _Barrier] = {}
         self.warps = [_Warp(self, i) for i in range(count)]
 
-    def run(self, order: str) -> None:
+    def run(self) -> None:
+        order = self.choices.order
         warps = self.warps[::-1] if order == "backwards" else self.warps
         while any(not warp.done for warp in warps):
             moved = False
@@ -103,6 +117,7 @@ class _Warp:
         self._waits_for: tuple[_Barrier, int] | None = None
         self._products: list[list[tuple]] = [[]]  # groups; the last one is not committed yet
         self._busy: set[str] = set()
+        self._factors: dict[str, list[np.ndarray]] = {}  # of what a register holds the product of
 
     @property
     def done(self) -> bool:
@@ -170,8 +185,22 @@ class _Warp:
         else:
             raise NotImplementedError("unknown here")
         values = [self._read(o, w) for o, w in zip(operands[1:], widths, strict=True)]
+        if self.block.choices.contract and opcode in ("add.f32", "sub.f32"):
+            function, values = self._contracted(opcode, operands[1:], values) or (function, values)
         with np.errstate(over="ignore"):
             self._write(operands[0], function(*values), width, mask)
+        if opcode == "mul.f32" and mask.all():
+            self._factors[operands[0]] = values
+
+    def _contracted(self, opcode: str, names: Sequence[str], values: list[np.ndarray]):
+        """(fma, its operands) for a sum or difference of which one is a product, or None."""
+        sign = np.uint32(0x80000000 if opcode == "sub.f32" else 0)
+        if names[0] in self._factors:
+            return arithmetic.TABLE["fma.rn.f32"][0], [*self._factors[names[0]], values[1] ^ sign]
+        if names[1] in self._factors:
+            a, b = self._factors[names[1]]
+            return arithmetic.TABLE["fma.rn.f32"][0], [a ^ sign, b, values[0]]
+        return None
 
     def _compare(self, opcode: str, operands: tuple[str, ...], mask: np.ndarray) -> None:
         _, relation, *combined, kind = opcode.split(".")
@@ -291,7 +320,7 @@ class _Warp:
         )
         self._products[-1].append((_vector(registers), *tiles, wgmma.width(opcode)))
         self._busy.update(_vector(registers))
-        if not self.block.late:
+        if not self.block.choices.late:
             self._multiply(self._products[-1].pop())
 
     def _finish(self, pending: int) -> None:
@@ -336,6 +365,7 @@ class _Warp:
             return
         if name in self._busy:
             raise Fault(f"{name} belongs to a product that is not waited for")
+        self._factors.pop(name, None)
         value = value.astype(arithmetic.integer(width))
         old = self.registers.get(name)
         self.registers[name] = value if mask.all() or old is None else np.where(mask, value, old.astype(value.dtype))

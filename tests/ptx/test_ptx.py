@@ -29,12 +29,14 @@ TAIL = "	st.b32 	[%rd5], %r8;\n	ret;\n}\n"
 ORDERS = pytest.mark.parametrize("order", machine.ORDERS)
 
 
-def executed(body, order="forwards", threads=64, shared=256, results=None):
+def executed(body, order="forwards", threads=64, shared=256, results=None, contract=False):
     """A kernel of 64 lanes, that have an element of the input in %r7 each and write %r8."""
     given = np.arange(100, 100 + threads, dtype=np.uint32)
     launch = Launch((1, 1, 1), threads, shared, (0, 1))
     results = results or [((threads,), np.dtype(np.uint32))]
-    return machine.run(program.parse(HEAD + body + TAIL), launch, [given], results, order)[0]
+    return machine.run(
+        program.parse(HEAD + body + TAIL), launch, [given], results, machine.Choices(order, contract=contract)
+    )[0]
 
 
 EXCHANGE = "st.shared.b32 [%r4], %r7; {} ld.shared.b32 %r8, [%r6];"  # with the lane of the other warp
@@ -83,6 +85,18 @@ def test_results_are_written_whole():
 def test_unknown_statements_are_errors():
     with pytest.raises(NotImplementedError, match="sin.approx.f32"):
         executed("sin.approx.f32 %r8, %r7;")
+
+
+def test_sums_of_products_are_contracted_or_not():
+    """(1 + 2^-12)^2 - 1 - 2^-11 is 2^-24, which rounding the product loses."""
+    body = """
+        mov.b32 %r7, 0f3F800800; mul.f32 %r8, %r7, %r7; mov.b32 %r9, 0f3F801000; neg.f32 %r9, %r9;
+        add.f32 %r8, %r8, %r9;
+    """
+    for contract, want in ((False, 0.0), (True, 2.0**-24)):
+        assert (executed(body, contract=contract).view(np.float32) == want).all()
+    named = body.replace("mul.f32", "mul.rn.f32")
+    assert (executed(named, contract=True).view(np.float32) == 0).all()
 
 
 def test_scopes_and_loops():

@@ -13,7 +13,7 @@ from tests.ptx import machine, program
 
 
 @contextlib.contextmanager
-def by_compiled_program(folder: Path, order: str, late: bool) -> Iterator[list[str]]:
+def by_compiled_program(folder: Path, choices: machine.Choices) -> Iterator[list[str]]:
     """Within, calls of kernels are those of the program whose files are in `folder`, and JAX runs eagerly.
 
     Gives the names of the kernels that were called.
@@ -31,7 +31,7 @@ def by_compiled_program(folder: Path, order: str, late: bool) -> Iterator[list[s
             leaves, structure = jax.tree.flatten(out_type)
             inputs = [np.asarray(operand) for operand in operands]
             results = [(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves]
-            made = machine.run(compiled, launch, inputs, results, order, late)
+            made = machine.run(compiled, launch, inputs, results, choices)
             return jax.tree.unflatten(structure, map(jnp.asarray, made))
 
         return run

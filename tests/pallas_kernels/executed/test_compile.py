@@ -26,7 +26,6 @@ from tests.ptx.memory import Fault
 KERNELS = Path(__file__).parents[1]
 WORDS = key_words(jax.random.key(7))
 pytestmark = targets.COMPILES
-executed = functools.partial(by_compiled_program, order="backwards", late=True)
 
 
 def compiled(name, folder, *arguments, target="h200"):
@@ -73,10 +72,11 @@ def test_quantizers(kernel, dtype, shape, target, tmp_path):
     if "hadamard" in variant:
         given["hadamard"] = True
     run = getattr(quantize, f"quantize_{orientation}")
-    with executed(tmp_path) as called:
-        got = run(x, amax=want.amax, words=words, batch_dims=1, interpret=True, **given)
-    assert len(called) == 1
-    assert_same(got, want)
+    for contract in (False, True):
+        with by_compiled_program(tmp_path, machine.Choices(contract=contract)) as called:
+            got = run(x, amax=want.amax, words=words, batch_dims=1, interpret=True, **given)
+        assert len(called) == 1
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("kernel", ["copies-stochastic-centered-sums", "copies-hadamard"])
@@ -89,7 +89,7 @@ def test_copies(kernel, tmp_path):
     transformed = hadamard(of.astype(jnp.float32), -2) if flags["hadamard"] else of
     words = (WORDS, WORDS + 1) if "stochastic" in variant else (None, None)
     want = [twin(each, (axis,), drawn) for each, axis, drawn in zip((of, transformed), (-1, -2), words, strict=True)]
-    with executed(tmp_path):
+    with by_compiled_program(tmp_path, machine.Choices(contract=True)):
         along, down, *sums = quantize.quantize_copies(
             x, amax=tuple(q.amax for q in want), words=words, batch_dims=1, interpret=True, **given, **flags
         )
@@ -106,7 +106,7 @@ def test_column_stats(tmp_path):
     compiled("column_stats", tmp_path, "bfloat16", "2,200,256")
     x = values((2, 200, 256), jnp.bfloat16)
     want = jax.jit(functools.partial(numerics.column_stats, batch_dims=1))(x)
-    with executed(tmp_path):
+    with by_compiled_program(tmp_path, machine.Choices(contract=True)):
         got = column_stats.column_stats(x, 1, interpret=True)
     for name in want._fields:
         np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)), err_msg=name)
@@ -115,7 +115,7 @@ def test_column_stats(tmp_path):
 def test_column_sums(tmp_path):
     compiled("column_sums", tmp_path, "2,144,256")
     q = twin(values((2, 144, 256), jnp.float32), (-2,), WORDS)
-    with executed(tmp_path):
+    with by_compiled_program(tmp_path, machine.Choices(contract=True)):
         got = column_sums.column_sums(q, 1, interpret=True)
     represented = np.asarray(q.dequantize(), np.float64)
     sums, magnitudes = represented.sum(1, keepdims=True), np.abs(represented).sum(1, keepdims=True)
@@ -153,7 +153,7 @@ SCHEDULES = [(order, late) for order in machine.ORDERS for late in (True, False)
 def test_products(order, late, product):
     """Whatever warp comes first, and however late tensor cores read what they multiply."""
     folder, pair, contracted, dtype = product
-    with by_compiled_program(folder, order, late) as called:
+    with by_compiled_program(folder, machine.Choices(order, late)) as called:
         got = dequant_matmul.dequant_matmul(*pair, contracted, 0, dtype, interpret=True)
     a, b = (np.asarray(q.dequantize(), np.float64) for q in pair)
     want = np.tensordot(a, b, contracted)
@@ -181,5 +181,5 @@ def test_what_keeps_order_is_needed(left_out, instead, fault, product, tmp_path)
     assert count
     (tmp_path / ptx.name).write_text(text)
     (tmp_path / layout.name).write_text(layout.read_text())
-    with by_compiled_program(tmp_path, "backwards", late=True), pytest.raises(Fault, match=fault):
+    with by_compiled_program(tmp_path, machine.Choices()), pytest.raises(Fault, match=fault):
         dequant_matmul.dequant_matmul(*pair, contracted, 0, dtype, interpret=True)
