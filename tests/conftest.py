@@ -3,6 +3,7 @@ by itself, warnings are errors (pyproject.toml). A test of code that calls a lib
 promotion says so: `@pytest.mark.standard_promotion`.
 """
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import tests.typecheck  # noqa: F401  the hook below finds it by name
 
 # Every function of fp4jax checks its annotations, shapes included. Installed before fp4jax is first imported.
 install_import_hook("fp4jax", "tests.typecheck.check")
+
+# Tracing makes many small objects and few cycles: by its usual thresholds Python would spend a twelfth of the time of
+# the tests on looking through all of them.
+gc.set_threshold(10_000, 20, 20)
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes, on any machine
 jax.config.update("jax_numpy_dtype_promotion", "strict")

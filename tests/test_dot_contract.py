@@ -153,11 +153,12 @@ def test_vmap_over_keys_alone_draws_for_every_key(name):
         assert_close(got, np.stack(expected))
 
 
-def test_jit_equals_eager():
+@pytest.mark.parametrize("name", ["nvfp4", pytest.param("averis_centered_hadamard", marks=pytest.mark.slow)])
+def test_jit_equals_eager(name):
     """Forward only: op by op, every operation of every shape is compiled by itself."""
     (x, _), w = contract.inputs(), contract.weights()
-    y = dot_general(*map(jnp.asarray, (x, w)), contract.DIMENSION_NUMBERS, recipe="averis_centered_hadamard")
-    assert_close(y, run("averis_centered_hadamard")[0])
+    y = dot_general(*map(jnp.asarray, (x, w)), contract.DIMENSION_NUMBERS, recipe=name)
+    assert_close(y, run(name)[0])
 
 
 @pytest.mark.slow

@@ -27,15 +27,17 @@ unchecked_dot = functools.partial(inspect.unwrap(dot_general), dimension_numbers
 def test_every_mapped_key_draws_for_its_own_weights():
     weights = jnp.stack([W, 2 * W])
 
+    @jax.jit
     def codes(w, key):
         return prepare(w, "nvfp4+sr_all", "rhs", key).forward.residual.codes
 
-    mapped = jax.vmap(codes)(weights, KEYS)
+    mapped = jax.jit(jax.vmap(codes))(weights, KEYS)
     for i in range(2):
         np.testing.assert_array_equal(mapped[i], codes(weights[i], KEYS[i]))
 
 
 def test_every_mapped_key_matters_to_tokens_that_share_statistics():
+    @jax.jit
     def codes(keys):
         xs = jnp.stack([X, X + 1])
         return jax.vmap(lambda x, key: prepare(x, "nvfp4+sr_all", key=key).forward.residual.codes)(xs, keys)
@@ -55,11 +57,11 @@ def test_every_mapped_key_matters_to_tokens_that_share_statistics():
 )
 def test_second_derivatives_raise_and_do_not_come_out_as_zero(second_order):
     with pytest.raises(NotImplementedError, match="differentiated once"):
-        second_order(dot)
+        jax.eval_shape(lambda: second_order(dot))  # tracing is enough
     assert jnp.linalg.norm(second_order(functools.partial(dot, recipe="bf16"))) > 0
 
 
-def test_prepared_operands_must_stand_for_the_operands():
+def check_prepared_operands():
     mask = jnp.arange(32) < 8
     xq = prepare(X, RECIPE)
     cases = (
@@ -73,6 +75,10 @@ def test_prepared_operands_must_stand_for_the_operands():
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             unchecked_dot(X, W, **options)
+
+
+def test_prepared_operands_must_stand_for_the_operands():
+    jax.eval_shape(check_prepared_operands)  # tracing is enough
 
 
 def test_precision_leaves_quantized_products_exact():
@@ -91,14 +97,14 @@ def test_gradients_in_shard_map_with_replicated_weights(check_vma):
         return jax.grad(lambda w: jnp.sum(sharded(xs, w) * jnp.concatenate([D] * 8)))(W)
 
     # Every shard holds the same rows, so its statistics are those of one shard alone.
-    alone = jax.grad(lambda w: jnp.sum(dot(X, w) * D))(W)
-    np.testing.assert_allclose(gradient(dot), 8 * alone, rtol=1e-5, atol=1e-4)
+    alone = jax.jit(jax.grad(lambda w: jnp.sum(dot(X, w) * D)))(W)
+    np.testing.assert_allclose(jax.jit(lambda: gradient(dot))(), 8 * alone, rtol=1e-5, atol=1e-4)
 
 
 def test_mesh_with_explicit_and_auto_axes():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit, AxisType.Auto))
     with jax.set_mesh(mesh):
-        y = dot(jax.device_put(X, NamedSharding(mesh, P("data"))), W)
+        y = jax.jit(dot)(jax.device_put(X, NamedSharding(mesh, P("data"))), W)
         assert jax.typeof(y).sharding.spec[0] == "data"
     np.testing.assert_allclose(np.asarray(y), dot(X, W), rtol=1e-6, atol=1e-6)
 

@@ -13,6 +13,7 @@ import pallas_kernels.column_stats
 import pallas_kernels.column_sums
 import pallas_kernels.quantize
 from fp4jax import dot_general, prepare
+from tests import contract
 from tests.contract import assert_close
 from tests.pallas_kernels.sharding import in_xla
 from tests.pallas_kernels.sharding.test_sharding import gathered
@@ -39,12 +40,14 @@ def kernels_in_xla(monkeypatch):
     monkeypatch.setattr(pallas_kernels.quantize, "unsupported_reason", lambda device=None: None)
 
 
+@functools.cache
 def tensors():
+    """X with a mean, W and D, on no device: meshes differ."""
     x, w, g = (
         jax.random.normal(key, shape, jnp.bfloat16)
         for key, shape in zip(jax.random.split(KEY, 3), [(8, 64, 128), (128, 64), (8, 64, 64)], strict=True)
     )
-    return x + jnp.arange(128.0, dtype=jnp.bfloat16)[None, None] / 8, w, g
+    return jax.device_get((x + jnp.arange(128.0, dtype=jnp.bfloat16)[None, None] / 8, w, g))
 
 
 def both(recipe):
@@ -63,7 +66,7 @@ def both(recipe):
 def on_one_device(recipe):
     device = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     with jax.set_mesh(device):
-        return jax.jit(both(recipe))(*tensors())
+        return contract.jit(both(recipe))(*tensors())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_equals_one_device(recipe, cut, kind):
     specs = [P(*spec, *[None] * (rank - len(spec))) for spec, rank in zip(specs, ranks, strict=True)]
     with jax.set_mesh(mesh):
         placed = [jax.device_put(t, NamedSharding(mesh, s)) for t, s in zip(tensors(), specs, strict=True)]
-        prepared, results = jax.jit(both(recipe))(*placed)
+        prepared, results = contract.jit(both(recipe))(*placed)
     want_prepared, want_results = on_one_device(recipe)
     for got, want in zip(jax.tree.leaves(prepared), jax.tree.leaves(want_prepared), strict=True):
         if got.dtype == jnp.uint8:
@@ -100,6 +103,6 @@ def test_a_cut_batch_is_not_gathered():
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(t, NamedSharding(mesh, s)) for t, s in zip(tensors(), specs, strict=True)]
-        program = jax.jit(both("averis")).lower(*placed).compile().as_text()
+        program = contract.jit(both("averis")).lower(*placed).compile().as_text()
     found = gathered(program)
     assert found and max(found) <= placed[0].size // 64

@@ -30,7 +30,7 @@ def run(script, *arguments, cwd=ROOT):
         ([TINY, "--config.stepz=3"], "unknown config key 'stepz'; did you mean 'steps'?"),
         ([TINY, "--config.steps=many"], "flag --config.steps=many: invalid literal"),
         ([TINY, "--confg.steps=3"], "Unknown command line flag 'confg.steps'"),
-        ([TINY, "--config.recipe=averiz"], "unknown recipe 'averiz'"),
+        pytest.param([TINY, "--config.recipe=averiz"], "unknown recipe 'averiz'", marks=pytest.mark.slow),
         ([TINY, "steps=3"], "unknown argument 'steps=3'; flags are written --name=value"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

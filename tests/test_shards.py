@@ -109,7 +109,12 @@ def test_prepared_operands():
     contract.assert_close(on_one_device(name, *arrays, prepared=True), on_one_device(name, *arrays))
     x, w = map(jnp.asarray, arrays[:2])
     with pytest.raises(ValueError, match=r"prepared for recipe averis\+shards8, this product has averis\+shards4"):
-        dot_general(x, w, DIMENSION_NUMBERS, recipe="averis+shards4", lhs_q=prepare(x, name, key=KEY))
+        jax.eval_shape(
+            lambda x, w: dot_general(
+                x, w, DIMENSION_NUMBERS, recipe="averis+shards4", lhs_q=prepare(x, name, key=KEY)
+            ),
+            x, w,
+        )  # fmt: skip
 
 
 def test_experts_and_rows_that_do_not_count():

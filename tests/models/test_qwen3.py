@@ -14,6 +14,7 @@ from flax import nnx
 from fp4jax import models
 from fp4jax.models.qwen3 import LINEARS, Qwen3, Qwen3Config
 from fp4jax.policy import Policy, policy
+from tests import contract
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -29,6 +30,13 @@ KEY = jax.random.key(7)
 def build(config=TINY, recipe="averis_centered", rules=None):
     chosen = Policy.of(*rules) if rules else policy("all_linear", recipe, config.linear_paths)
     return Qwen3(config, policy=chosen, rngs=nnx.Rngs(0))
+
+
+def logits_of(model, tokens=TOKENS, **arguments):
+    """What the model gives, in one program."""
+    graphdef, state = nnx.split(model)
+    run = contract.jit(lambda state, tokens, arguments: nnx.merge(graphdef, state)(tokens, **arguments))
+    return run(state, jnp.asarray(tokens), arguments)
 
 
 def model_of_fixture(path):
@@ -65,7 +73,7 @@ def model_of_fixture(path):
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_logits_equal_those_of_transformers(path):
     model, data = model_of_fixture(path)
-    logits = model(jnp.asarray(data["tokens"]))
+    logits = logits_of(model, data["tokens"])
     np.testing.assert_allclose(logits, data["logits"], atol=1e-4, rtol=1e-4)
 
 
@@ -84,7 +92,7 @@ def test_documents_in_one_row_do_not_see_each_other():
     segments[0] = np.repeat(np.arange(3), lengths)
     positions[0] = np.concatenate([np.arange(length) for length in lengths])
     model = build(dataclasses.replace(TINY, num_layers=2), recipe="bf16")
-    logits = model(jnp.asarray(tokens), segment_ids=jnp.asarray(segments), positions=jnp.asarray(positions))
+    logits = logits_of(model, tokens, segment_ids=jnp.asarray(segments), positions=jnp.asarray(positions))
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True), start=1):
         np.testing.assert_allclose(logits[0, start : start + length], logits[row, :length], atol=2e-5)
     assert np.abs(logits[0] - logits[4])[5:].max() > 1e-2
@@ -108,9 +116,15 @@ def test_no_logit_depends_on_a_later_token():
     assert jnp.all(jnp.any(gradient[0, :11] != 0, axis=-1))
 
 
+# Two linear layers that share their input and the last one: what the quick tests quantize. Compiling takes as long as
+# there are quantized operands.
+SOME = "q_proj|k_proj|down_proj"
+
+
 @functools.cache
-def gradients(recipe, remat="none", prepared=False):
-    graphdef, state = nnx.split(build(dataclasses.replace(TINY, remat=remat), recipe))
+def gradients(recipe, remat="none", prepared=False, quantized="."):
+    rules = [(quantized, recipe), (".", "bf16")] if quantized != "." else None
+    graphdef, state = nnx.split(build(dataclasses.replace(TINY, remat=remat), recipe, rules))
     targets = jnp.roll(TOKENS, -1, axis=1)
     batch = dict(tokens=TOKENS, targets=targets, loss_mask=jnp.ones(TOKENS.shape, bool))
 
@@ -120,7 +134,7 @@ def gradients(recipe, remat="none", prepared=False):
         total, count = models.loss(m, batch, key=KEY, weights=weights)
         return total / count
 
-    return jax.jit(jax.value_and_grad(loss))(state)
+    return contract.jit(jax.value_and_grad(loss))(state)
 
 
 def assert_close(left, right):
@@ -129,21 +143,24 @@ def assert_close(left, right):
         assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(b) + 1e-7
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("averis_centered", "nvfp4_hadamard")]
+SLOW = [pytest.param(name, ".", marks=pytest.mark.slow) for name in ("nvfp4", "averis_centered", "nvfp4_hadamard")]
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "nvfp4", *SLOW])
-def test_preparing_the_weights_once_changes_nothing(recipe):
-    loss, grads = gradients(recipe)
-    prepared_loss, prepared_grads = gradients(recipe, prepared=True)
+@pytest.mark.parametrize(("recipe", "quantized"), [("bf16", "."), ("nvfp4_hadamard", SOME), *SLOW])
+def test_preparing_the_weights_once_changes_nothing(recipe, quantized):
+    loss, grads = gradients(recipe, quantized=quantized)
+    prepared_loss, prepared_grads = gradients(recipe, prepared=True, quantized=quantized)
     np.testing.assert_allclose(loss, prepared_loss, rtol=1e-6)
     assert_close(grads, prepared_grads)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "linear_inputs"])
-def test_rematerialization_repeats_the_gradients(remat):
-    loss, grads = gradients("averis_centered")
-    remat_loss, remat_grads = gradients("averis_centered", remat)
+@pytest.mark.parametrize(
+    ("remat", "quantized"),
+    [("linear_inputs", SOME), *(pytest.param(r, ".", marks=pytest.mark.slow) for r in ("full", "linear_inputs"))],
+)
+def test_rematerialization_repeats_the_gradients(remat, quantized):
+    loss, grads = gradients("averis_centered", quantized=quantized)
+    remat_loss, remat_grads = gradients("averis_centered", remat, quantized=quantized)
     np.testing.assert_allclose(loss, remat_loss, rtol=1e-6)
     assert_close(grads, remat_grads)
 
@@ -172,22 +189,22 @@ def test_a_policy_gives_single_layers_another_recipe():
     assert names[0] == ["averis_centered+nearest"] * 4 + ["nvfp4+nearest"] * 3
     assert names[1] == ["bf16"] * 7
     one = build(recipe="bf16")
-    assert not np.array_equal(model(TOKENS), one(TOKENS))
+    assert not np.array_equal(logits_of(model), logits_of(one))
 
 
 def test_a_forward_in_high_precision_is_that_of_the_baseline():
     """In the activations' dtype, not in that of the float32 master weights."""
     config = dataclasses.replace(TINY, dtype="bfloat16")
     mixed, baseline = build(config, "averis+nearest+fwd_bf16"), build(config, "bf16")
-    np.testing.assert_array_equal(mixed(TOKENS), baseline(TOKENS))
-    prepared = mixed(TOKENS, weights=mixed.prepare_weights(None))
-    np.testing.assert_array_equal(prepared, baseline(TOKENS))
+    expected = logits_of(baseline)
+    np.testing.assert_array_equal(logits_of(mixed), expected)
+    np.testing.assert_array_equal(logits_of(mixed, weights=mixed.prepare_weights(None)), expected)
 
 
 def test_segments_change_nothing_by_themselves():
     whole = build(recipe="nvfp4+nearest")
     split = build(rules=[(r"layers\.1\.mlp\.up", "nvfp4+nearest"), (r".", "nvfp4+nearest")])
-    np.testing.assert_allclose(whole(TOKENS), split(TOKENS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits_of(whole), logits_of(split), rtol=1e-5, atol=1e-5)
 
 
 def test_stochastic_recipes_evaluate_without_a_key_and_differentiate_only_with_one():

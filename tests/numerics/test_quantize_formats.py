@@ -10,6 +10,7 @@ import pytest
 from fp4jax import numerics
 from fp4jax.numerics import FORMATS, NVFP4, ScaleRounding, bits, key_words
 from tests import oracle
+from tests.combinations import half_quick
 
 ORACLE = dict(zip((f.name for f in FORMATS), oracle.FORMATS, strict=True))  # the oracle's names, in the same order
 OTHERS = [f for f in FORMATS if f is not NVFP4]  # NVFP4 has test_quantize.py
@@ -126,12 +127,16 @@ def test_batches_are_independent_matrices(way, stochastic):
     assert_equals_oracle(q, expected)
 
 
-@pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("way", ["NVFP4-256", "four over six", "MXFP4", "MXFP8", "MXFP4 up"])
-def test_square_blocks_equal_oracle(way, axis):
-    for stochastic in (False, True):
-        x = normal((35, 72), WAYS[way][0], spread=10)
-        assert_equals_oracle(*both(x, way, axis, stochastic, square=True))
+@half_quick(
+    {
+        "way": {name: name for name in ("NVFP4-256", "four over six", "MXFP4", "MXFP8", "MXFP4 up")},
+        "axis": {"rows": -1, "columns": -2},
+        "stochastic": {"nearest": False, "stochastic": True},
+    }
+)
+def test_square_blocks_equal_oracle(way, axis, stochastic):
+    x = normal((35, 72), WAYS[way][0], spread=10)
+    assert_equals_oracle(*both(x, way, axis, stochastic, square=True))
 
 
 # ---------------------------------------------------------------- next to ties

@@ -1,5 +1,7 @@
 """Codes that are not packed yet, and what spares XLA reads and writes: the same values, bit for bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from fp4jax.numerics.scales import largest_magnitude, outer_statistic
 from tests.contract import assert_identical
 
 
+@functools.cache
 def matrix(shape=(3, 40, 48)):
     return jax.random.normal(jax.random.key(0), shape) * jnp.exp(jax.random.normal(jax.random.key(1), shape))
 
@@ -21,13 +24,14 @@ def matrix(shape=(3, 40, 48)):
 def test_packing_later_is_packing_at_once(format, axis):
     words = bits.key_words(jax.random.key(7))
     given = {"axes": (axis,), "pack_axis": axis, "batch_dims": 1, "words": words}
-    at_once = quantize_blocks(matrix(), format, **given)
-    later = quantize_blocks(matrix(), format, **given, packed=False)
+    at_once, later = (
+        jax.jit(functools.partial(quantize_blocks, format=format, packed=packed, **given))(matrix())
+        for packed in (True, False)
+    )
     assert at_once.packed and not later.packed and later.codes.shape == later.padded_shape
     assert (later.shape, later.padded_shape) == (at_once.shape, at_once.padded_shape)
     later.validate()
-    assert_identical(later.values(jnp.bfloat16), at_once.values(jnp.bfloat16))
-    assert_identical(later.dequantize(), at_once.dequantize())
+    assert_identical(*(jax.jit(lambda q: (q.values(jnp.bfloat16), q.dequantize()))(q) for q in (later, at_once)))
     packed = later.pack()
     assert packed.packed and jax.tree.structure(packed) == jax.tree.structure(at_once)
     jax.tree.map(assert_identical, packed, at_once)
@@ -44,10 +48,13 @@ def test_bfloat16_values_are_the_float32_ones(value):
     """NaN and infinity too, which reach the values through a block's scale."""
     x = matrix((32, 64)).at[5, 7].set(value)
     for format in (NVFP4, MXFP4):
-        q = quantize_blocks(x, format, axes=(-1,), pack_axis=-1)
-        exact = q.values(jnp.float32)
-        assert not np.isfinite(q.dequantize()).all()
-        np.testing.assert_array_equal(q.values(jnp.bfloat16).astype(jnp.float32), exact)
+        q = jax.jit(lambda x, format=format: quantize_blocks(x, format, axes=(-1,), pack_axis=-1))(x)
+        exact, narrow, dequantized = (
+            jax.jit(of)(q)
+            for of in (QTensor.values, lambda q: q.values(jnp.bfloat16).astype(jnp.float32), QTensor.dequantize)
+        )
+        assert not np.isfinite(dequantized).all()
+        np.testing.assert_array_equal(narrow, exact)
 
 
 @pytest.mark.parametrize("format", [f for f in FORMATS if f.block and f.outer is Extent.MATRIX], ids=str)
@@ -82,10 +89,11 @@ def test_the_backward_keeps_packed_codes(kept):
 def test_only_activations_that_are_not_kept_stay_unpacked():
     x, w = jnp.ones((32, 64)), jnp.ones((64, 32))
 
-    def packed(prepared):
+    def packed(operand, *arguments, **kept):
+        prepared = jax.eval_shape(lambda operand: fp4jax.prepare(operand, "nvfp4", *arguments, **kept), operand)
+        assert isinstance(prepared.forward.residual, QTensor)
         return [part.residual.packed for part in (prepared.forward, prepared.backward)]
 
-    assert packed(fp4jax.prepare(x, "nvfp4")) == [True, True]
-    assert packed(fp4jax.prepare(x, "nvfp4", forward_kept=False)) == [False, True]
-    assert packed(fp4jax.prepare(w, "nvfp4", "rhs", forward_kept=False)) == [True, True]
-    assert isinstance(fp4jax.prepare(x, "nvfp4").forward.residual, QTensor)
+    assert packed(x) == [True, True]
+    assert packed(x, forward_kept=False) == [False, True]
+    assert packed(w, "rhs", forward_kept=False) == [True, True]

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import zstandard
@@ -16,7 +17,19 @@ def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FP4JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         enable_compilation_cache()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # one test's program is another's too
         yield
+
+
+@pytest.fixture(autouse=True)
+def _compiled_quickly(request):
+    """Quick tests compile whole training steps without LLVM's optimizations; slow ones as a run does."""
+    if request.node.get_closest_marker("slow") is not None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -196,8 +196,9 @@ def by_hand(config, recipes):
     return losses, validation
 
 
-def test_the_loop_takes_each_step_and_validation_from_its_phase(three_phases, tmp_path, monkeypatch):
-    """With programs that only record their recipe."""
+@pytest.fixture
+def recorded(monkeypatch):
+    """The recipes of all steps and of all validations, of runs with programs that only record them."""
     trained, validated = [], []
 
     def make_recorded_step(config, *_):
@@ -217,6 +218,11 @@ def test_the_loop_takes_each_step_and_validation_from_its_phase(three_phases, tm
 
     monkeypatch.setattr(loop, "make_train_step", make_recorded_step)
     monkeypatch.setattr(loop, "make_loss_step", make_recorded_loss)
+    return trained, validated
+
+
+def test_the_loop_takes_each_step_and_validation_from_its_phase(three_phases, tmp_path, recorded):
+    trained, validated = recorded
     three_phases.evaluation.every = 1
     output = run(three_phases, tmp_path)
     assert trained == validated == ["bf16"] * 2 + ["nvfp4+nearest"] * 3 + ["bf16"]
@@ -262,11 +268,11 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(three_phases, whol
         np.testing.assert_array_equal(one, other)
 
 
-def test_another_schedule_is_another_run(three_phases, whole):
-    filled(whole, three_phases)
+def test_another_schedule_is_another_run(three_phases, tmp_path, recorded):
+    run(three_phases, tmp_path)
     three_phases.schedule = "bf16:3,run:5,bf16:100%"
     with pytest.raises(CheckpointError, match=r"schedule 'bf16:2,run:5,bf16:100%' → 'bf16:3,run:5,bf16:100%'"):
-        run(three_phases, whole)
+        run(three_phases, tmp_path)
 
 
 def test_another_policy_file_is_another_run(config, tmp_path):

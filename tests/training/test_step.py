@@ -104,14 +104,21 @@ def test_accumulation_equals_one_batch(config, batch):
         )
 
 
-def test_meshes_and_microbatches_equal_one_device(config, batch):
+@pytest.mark.parametrize(
+    ("mesh", "microbatches"),
+    [
+        pytest.param(mesh_of(data=8), 1, marks=pytest.mark.slow),
+        pytest.param(mesh_of(fsdp=8), 1, marks=pytest.mark.slow),
+        (mesh_of(data=2, fsdp=2, tensor=2), 2),
+    ],
+    ids=str,
+)
+def test_meshes_and_microbatches_equal_one_device(config, batch, mesh, microbatches):
     expected = run_steps(config, batch, 3)
-    for shape, microbatches in (((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2)):
-        config.microbatches = microbatches
-        found = run_steps(config, batch, 3, mesh_of(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
-        for one, eight in zip(expected, found, strict=True):
-            np.testing.assert_allclose(eight["loss"], one["loss"], rtol=1e-5, err_msg=str(shape))
-            np.testing.assert_allclose(eight["grad_norm"], one["grad_norm"], rtol=1e-4, err_msg=str(shape))
+    config.microbatches = microbatches
+    for one, eight in zip(expected, run_steps(config, batch, 3, mesh), strict=True):
+        np.testing.assert_allclose(eight["loss"], one["loss"], rtol=1e-5)
+        np.testing.assert_allclose(eight["grad_norm"], one["grad_norm"], rtol=1e-4)
 
 
 def test_split_batch_takes_every_row_once():

@@ -28,7 +28,7 @@ def assert_same(got, want):
 
 def check(x, interpret, batch_dims=0):
     want = jax.jit(lambda x: numerics.column_stats(x, batch_dims))(x)
-    assert_same(column_stats(x, batch_dims, interpret=interpret), want)
+    assert_same(jax.jit(lambda x: column_stats(x, batch_dims, interpret=interpret))(x), want)
 
 
 # Vectors of 8, 4 and 2 columns; strips that tile the columns and that overlap; padded columns; fewer rows than are in

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp4jax.numerics import NVFP4, key_words, quantize_blocks
+from fp4jax.numerics import NVFP4, QTensor, key_words, quantize_blocks
 from pallas_kernels.column_sums import column_sums
 
 
@@ -13,7 +13,8 @@ def quantized(shape, batch_dims=0, axis=-2):
     rng = np.random.default_rng([1, *shape])
     x = jnp.asarray(rng.standard_normal(shape) * np.exp2(rng.uniform(-9, 2, (*shape[:-1], 1))), jnp.float32)
     words = key_words(jax.random.key(5))
-    return quantize_blocks(x, NVFP4, axes=(axis,), pack_axis=axis, batch_dims=batch_dims, words=words)
+    given = {"axes": (axis,), "pack_axis": axis, "batch_dims": batch_dims, "words": words}
+    return jax.jit(lambda x: quantize_blocks(x, NVFP4, **given))(x)
 
 
 @pytest.mark.parametrize(
@@ -21,8 +22,8 @@ def quantized(shape, batch_dims=0, axis=-2):
 )
 def test_equals_the_sum_of_the_values(shape, batch_dims, interpret):
     q = quantized(shape, batch_dims)
-    got = np.asarray(column_sums(q, batch_dims, interpret=interpret))
-    values = np.asarray(q.dequantize(), np.float64)
+    got = np.asarray(jax.jit(lambda q: column_sums(q, batch_dims, interpret=interpret))(q))
+    values = np.asarray(jax.jit(QTensor.dequantize)(q), np.float64)
     axes = tuple(range(batch_dims, len(shape) - 1))
     want, scale = values.sum(axis=axes, keepdims=True), np.abs(values).sum(axis=axes, keepdims=True)
     assert got.shape == want.shape
@@ -31,9 +32,8 @@ def test_equals_the_sum_of_the_values(shape, batch_dims, interpret):
 
 
 def test_a_block_that_is_not_finite_shows(interpret):
-    q = quantize_blocks(
-        jnp.ones((32, 512)).at[3, 7].set(jnp.nan), NVFP4, axes=(-2,), pack_axis=-2, amax=jnp.ones((1, 1))
-    )
+    x = jnp.ones((32, 512)).at[3, 7].set(jnp.nan)
+    q = jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(-2,), pack_axis=-2, amax=jnp.ones((1, 1))))(x)
     got = np.asarray(column_sums(q, interpret=interpret))[0]
     assert np.isnan(got[7])
     assert np.isfinite(np.delete(got, 7)).all()

@@ -8,9 +8,13 @@ import pytest
 from fp4jax.numerics import NVFP4, quantize_blocks
 from pallas_kernels import launch
 from pallas_kernels.quantize import quantize_2d
+from tests.combinations import half_quick
 from tests.pallas_kernels.quantize.test_quantize_rows import (
+    DTYPE_NAMES,
     DTYPES,
+    ROUNDINGS,
     assert_same,
+    at_once,
     stream,
     values,
 )
@@ -21,7 +25,7 @@ def twin(x, **arguments):
 
 
 def check(x, interpret, **arguments):
-    got = quantize_2d(x, interpret=interpret, **arguments)
+    got = at_once(quantize_2d, x, interpret=interpret, **arguments)
     assert_same(got, twin(x, **arguments))
     return got
 
@@ -30,9 +34,7 @@ def check(x, interpret, **arguments):
 SHAPES = [(16, 16), (32, 512), (48, 784), (33, 300), (1, 17), (2, 40, 528)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+@half_quick({"stochastic": ROUNDINGS, "dtype": DTYPE_NAMES, "shape": {str(shape): shape for shape in SHAPES}})
 def test_equals_its_twin(shape, dtype, stochastic, interpret):
     check(values(shape, dtype), interpret, words=stream(stochastic))
 

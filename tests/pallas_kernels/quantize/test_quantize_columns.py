@@ -8,9 +8,13 @@ import pytest
 from fp4jax.numerics import NVFP4, hadamard, quantize_blocks
 from pallas_kernels import launch
 from pallas_kernels.quantize import quantize_columns
+from tests.combinations import half_quick
 from tests.pallas_kernels.quantize.test_quantize_rows import (
+    DTYPE_NAMES,
     DTYPES,
+    ROUNDINGS,
     assert_same,
+    at_once,
     stream,
     values,
 )
@@ -31,7 +35,7 @@ def twin(x, *, center=None, transformed=False, **arguments):
 
 
 def check(x, interpret, *, transformed=False, **arguments):
-    got = quantize_columns(x, interpret=interpret, hadamard=transformed, **arguments)
+    got = at_once(quantize_columns, x, interpret=interpret, hadamard=transformed, **arguments)
     assert_same(got, twin(x, transformed=transformed, **arguments))
     return got
 
@@ -40,25 +44,31 @@ def check(x, interpret, *, transformed=False, **arguments):
 SHAPES = [(16, 16), (48, 300), (33, 513), (2, 40, 528), (3, 16, 1041)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+@half_quick({"stochastic": ROUNDINGS, "dtype": DTYPE_NAMES, "shape": {str(shape): shape for shape in SHAPES}})
 def test_equals_its_twin(shape, dtype, stochastic, interpret):
     check(values(shape, dtype), interpret, words=stream(stochastic))
 
 
-@pytest.mark.parametrize("shape", [(48, 300), (2, 40, 528)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("centered", [False, True], ids=["", "centered"])
+@half_quick(
+    {
+        "centered": {"": False, "centered": True},
+        "stochastic": ROUNDINGS,
+        "dtype": DTYPE_NAMES,
+        "shape": {"whole blocks": (48, 300), "padded": (2, 40, 528)},
+    }
+)
 def test_the_transform_is_the_projects(shape, dtype, stochastic, centered, interpret):
     center = values((*[1] * (len(shape) - 1), shape[-1]), jnp.float32, seed=1) if centered else None
     check(values(shape, dtype), interpret, transformed=True, center=center, words=stream(stochastic))
 
 
-@pytest.mark.parametrize("of_sequences", [False, True], ids=["of the matrix", "of sequences"])
-@pytest.mark.parametrize("rows", [32, 24], ids=["whole blocks", "padded"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+@half_quick(
+    {
+        "dtype": DTYPE_NAMES,
+        "rows": {"whole blocks": 32, "padded": 24},
+        "of_sequences": {"of the matrix": False, "of sequences": True},
+    }
+)
 def test_the_center_is_subtracted(of_sequences, rows, dtype, interpret):
     x = values((2, 3, rows, 272), dtype)
     center = values((2, 3 if of_sequences else 1, 1, 272), jnp.float32, seed=1)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp4jax.numerics import NVFP4, hadamard, key_words, quantize_blocks
+from fp4jax.numerics import NVFP4, QTensor, hadamard, key_words, quantize_blocks
 from pallas_kernels import launch
 from pallas_kernels.quantize import quantize_copies
 from tests.pallas_kernels.quantize.test_quantize_rows import (
     DTYPES,
     assert_same,
+    at_once,
     values,
 )
 
@@ -19,7 +20,7 @@ WORDS = tuple(key_words(jax.random.key(seed)) for seed in (7, 8))
 
 def check(x, interpret, *, words=(None, None), center=None, transformed=False, batch_dims=0):
     given = {"words": words, "center": center, "hadamard": transformed, "batch_dims": batch_dims}
-    got = quantize_copies(x, interpret=interpret, **given)
+    got = at_once(quantize_copies, x, interpret=interpret, **given)
 
     @jax.jit
     def twins(x):
@@ -75,10 +76,10 @@ def test_sums_in_the_same_read(dtype, interpret, monkeypatch):
     monkeypatch.setattr(launch, "MOST_STEPS", 2)
     x, center = values((2, 2, 48, 544), dtype), values((2, 1, 1, 544), jnp.float32, seed=1)
     given = {"center": center, "words": WORDS, "batch_dims": 1, "interpret": interpret}
-    *got, sums = quantize_copies(x, sums=True, **given)
-    for copy, twin in zip(got, quantize_copies(x, **given), strict=True):
+    *got, sums = at_once(quantize_copies, x, sums=True, **given)
+    for copy, twin in zip(got, at_once(quantize_copies, x, **given), strict=True):
         assert_same(copy, twin)
-    represented = np.asarray(got[1].dequantize(), np.float64)
+    represented = np.asarray(jax.jit(QTensor.dequantize)(got[1]), np.float64)
     want, scale = (part.sum(axis=(1, 2), keepdims=True) for part in (represented, np.abs(represented)))
     assert sums.shape == want.shape and sums.dtype == jnp.float32
     assert (np.abs(np.asarray(sums) - want) <= 2e-6 * scale).all()

@@ -10,8 +10,11 @@ import pytest
 from fp4jax.numerics import NVFP4, Format, key_words, quantize_blocks
 from pallas_kernels import compat, launch
 from pallas_kernels.quantize import api, quantize_rows, shapes
+from tests.combinations import half_quick
 
 DTYPES = (jnp.bfloat16, jnp.float32)
+DTYPE_NAMES = {jnp.dtype(dtype).name: dtype for dtype in DTYPES}
+ROUNDINGS = {"nearest": False, "stochastic": True}
 needs_interpreter = pytest.mark.skipif(not compat.CAN_INTERPRET, reason="the GPU interpreter needs JAX 0.12")
 
 
@@ -38,8 +41,13 @@ def assert_same(got, want):
     np.testing.assert_array_equal(np.asarray(got.amax), np.asarray(want.amax))
 
 
+def at_once(kernel, x, **arguments):
+    """The kernel in one program with what XLA does around it: op by op, each of that would be a compilation."""
+    return jax.jit(lambda x: kernel(x, **arguments))(x)
+
+
 def check(x, interpret, **arguments):
-    assert_same(quantize_rows(x, interpret=interpret, **arguments), twin(x, **arguments))
+    assert_same(at_once(quantize_rows, x, interpret=interpret, **arguments), twin(x, **arguments))
 
 
 # Fewer blocks than a tile, a whole tile, a last tile that overlaps; rows that begin inside a tile; ragged last axes.
@@ -157,14 +165,19 @@ def test_tiles_of_one_thread_block(interpret, monkeypatch):
     )  # a shape of this test alone: jit keeps others
 
 
-@pytest.mark.parametrize("shape, batch_dims", [((40, 330), 0), ((2, 3, 20, 272), 1)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-def test_the_center_is_subtracted(shape, batch_dims, dtype, stochastic, interpret):
+@half_quick(
+    {
+        "stochastic": ROUNDINGS,
+        "dtype": DTYPE_NAMES,
+        "batched": {"of the matrix": ((40, 330), 0), "of each": ((2, 3, 20, 272), 1)},
+    }
+)
+def test_the_center_is_subtracted(batched, dtype, stochastic, interpret):
+    shape, batch_dims = batched
     x = values(shape, dtype)
     center = values((*shape[:batch_dims], *[1] * (len(shape) - batch_dims - 1), shape[-1]), jnp.float32, seed=1)
     arguments = {"batch_dims": batch_dims, "words": stream(stochastic)}
-    got = quantize_rows(x, center=center, interpret=interpret, **arguments)
+    got = at_once(quantize_rows, x, center=center, interpret=interpret, **arguments)
     assert_same(got, twin(x.astype(jnp.float32) - center, **arguments))
     assert (np.asarray(got.codes) != np.asarray(twin(x, **arguments).codes)).any()
 

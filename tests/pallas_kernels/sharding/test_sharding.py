@@ -12,12 +12,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fp4jax import numerics
-from fp4jax.numerics import NVFP4, hadamard, key_words, quantize_blocks
+from fp4jax.numerics import NVFP4, QTensor, hadamard, key_words, quantize_blocks
 from pallas_kernels import compat
 from pallas_kernels.column_stats import column_stats
 from pallas_kernels.column_stats import local as stats_local
 from pallas_kernels.column_sums import column_sums
 from pallas_kernels.quantize import elements, local, quantize_2d, quantize_columns, quantize_copies, quantize_rows
+from tests.combinations import half_quick
 from tests.pallas_kernels.quantize.test_quantize_rows import assert_same, values
 from tests.pallas_kernels.sharding import in_xla
 
@@ -55,33 +56,45 @@ def mean_of(x):
     return jax.jit(numerics.column_stats)(x).mean(x.shape[0] * x.shape[1])
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("variant", ["", "centered", "stochastic", "centered stochastic"])
-def test_rows(cut, variant, mesh, emulated):
+@functools.cache
+def on_one(variant, axis):
+    """(the array of `SHAPE` that is cut, the mean to subtract or None, what the plain path gives on one device)."""
     x = values(SHAPE, jnp.bfloat16)
     center = mean_of(x) if "centered" in variant else None
+    want = x if center is None else x.astype(jnp.float32) - center
+    want = hadamard(want, -2) if "hadamard" in variant else want
+    words = STOCHASTIC if "stochastic" in variant else None
+    twin = functools.partial(quantize_blocks, format=NVFP4, axes=(axis,), pack_axis=axis, words=words)
+    return x, center, jax.jit(twin)(want)
+
+
+def variants(*names):
+    return {name: name for name in names}
+
+
+@half_quick({"variant": variants("", "centered", "stochastic", "centered stochastic"), "cut": variants(*CUTS)})
+def test_rows(cut, variant, mesh, emulated):
+    x, center, want = on_one(variant, -1)
     words = STOCHASTIC if "stochastic" in variant else None
     run = functools.partial(quantize_rows, words=words, center=center, partitioned=True, interpret=True)
     got, program = on(mesh, CUTS[cut], run, x)
-    want = x if center is None else x.astype(jnp.float32) - center
-    assert_same(got, jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(-1,), pack_axis=-1, words=words))(want))
+    assert_same(got, want)
     assert_nothing_is_gathered(program)
     assert got.codes.sharding.is_equivalent_to(NamedSharding(mesh, CUTS[cut]), 3)
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("variant", ["", "stochastic", "centered stochastic", "centered stochastic hadamard"])
+COLUMNS = variants("", "stochastic", "centered stochastic", "centered stochastic hadamard")
+
+
+@half_quick({"variant": COLUMNS, "cut": variants(*CUTS)})
 def test_columns(cut, variant, mesh, emulated):
-    x = values(SHAPE, jnp.bfloat16)
-    center = mean_of(x) if "centered" in variant else None
+    x, center, want = on_one(variant, -2)
     words = STOCHASTIC if "stochastic" in variant else None
     run = functools.partial(
         quantize_columns, words=words, center=center, hadamard="hadamard" in variant, partitioned=True, interpret=True
     )
     got, program = on(mesh, CUTS[cut], run, x)
-    want = x if center is None else x.astype(jnp.float32) - center
-    want = hadamard(want, -2) if "hadamard" in variant else want
-    assert_same(got, jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(-2,), pack_axis=-2, words=words))(want))
+    assert_same(got, want)
     assert_nothing_is_gathered(program)
     assert got.codes.sharding.is_equivalent_to(NamedSharding(mesh, CUTS[cut]), 3)
 
@@ -114,20 +127,25 @@ def test_copies(cut, variant, mesh, emulated):
         assert_same(got, jax.jit(twin)(of))
     assert len(sums) == flags["sums"]
     for total in sums:
-        represented = np.asarray(down.dequantize(), np.float64)
+        represented = np.asarray(jax.jit(QTensor.dequantize)(down), np.float64)
         want, scale = (part.sum((0, 1), keepdims=True) for part in (represented, np.abs(represented)))
         assert (np.abs(np.asarray(total) - want) <= 1e-6 * scale).all()
     assert_nothing_is_gathered(program)
 
 
-@pytest.mark.parametrize("batch_dims", [0, 1])
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("shape", [SHAPE, (8, 96, 6)], ids=str)
-def test_column_stats(shape, cut, batch_dims, mesh, emulated):
+@functools.cache
+def stats_on_one(shape, batch_dims):
     x = values(shape, jnp.float32)
+    return x, jax.jit(functools.partial(numerics.column_stats, batch_dims=batch_dims))(x)
+
+
+@half_quick(
+    {"shape": {"wide": SHAPE, "narrow": (8, 96, 6)}, "cut": variants(*CUTS), "batch_dims": {"one": 0, "batch": 1}}
+)
+def test_column_stats(shape, cut, batch_dims, mesh, emulated):
+    x, want = stats_on_one(shape, batch_dims)
     run = functools.partial(column_stats, batch_dims=batch_dims, partitioned=True, interpret=True)
     got, program = on(mesh, CUTS[cut], run, x)
-    want = jax.jit(functools.partial(numerics.column_stats, batch_dims=batch_dims))(x)
     for name in want._fields:
         np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)), err_msg=name)
     # What is gathered are sums of stretches, of 8 rows or more for these shapes.
@@ -136,13 +154,13 @@ def test_column_stats(shape, cut, batch_dims, mesh, emulated):
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_column_sums(cut, mesh, emulated):
-    q = quantize_blocks(values(SHAPE, jnp.float32), NVFP4, axes=(-2,), pack_axis=-2, words=STOCHASTIC)
+    _, _, q = on_one("stochastic", -2)
 
     def run(codes, scales):
         return column_sums(dataclasses.replace(q, codes=codes, scales=scales), partitioned=True, interpret=True)
 
     got, program = on(mesh, CUTS[cut], run, q.codes, q.scales)
-    values_of = np.asarray(q.dequantize(), np.float64)
+    values_of = np.asarray(jax.jit(QTensor.dequantize)(q), np.float64)
     want, scale = values_of.sum((0, 1), keepdims=True), np.abs(values_of).sum((0, 1), keepdims=True)
     assert (np.abs(np.asarray(got) - want) <= 1e-6 * scale).all()
     assert_nothing_is_gathered(program)
