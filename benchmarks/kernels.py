@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import compiling, records, timing
+from benchmarks.flags import choose
 from benchmarks.operations import OPERATIONS, Operation
 from fp4jax.cli import Parser, output_folder, positive, run
 from fp4jax.cli import describe as describe_error
@@ -187,18 +188,6 @@ def _parse(arguments: Sequence[str]):
     shapes = {name: shape for name, shape in shapes.items() if set(shape.models) & set(flags.models)}
     flags.shapes = list(choose(parser, "shape", flags.shapes or ",".join(shapes), shapes).values())
     return flags
-
-
-def choose[Value](parser: Parser, what: str, listed: str, known: Mapping[str, Value]) -> dict[str, Value]:
-    """Those of a list separated by commas, in its order.
-
-    Raises:
-      ValueError: one that is not known.
-    """
-    names = listed.split(",")
-    if unknown := [name for name in names if name not in known]:
-        parser.error(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
-    return {name: known[name] for name in names}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""The benchmarks of the training step and of the matrix products, at sizes for a CPU."""
+"""The benchmark of the training step, at sizes for a CPU."""
 
 import json
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from benchmarks import gemm, step
+from benchmarks import step
 
 
 @pytest.mark.slow
@@ -67,27 +66,3 @@ def test_nothing_to_measure_is_an_error():
 def test_a_recipe_twice_is_refused():
     with pytest.raises(ValueError, match="--recipes names one twice"):
         step.main(["--recipes=bf16,bf16"])
-
-
-@pytest.mark.parametrize("kind", gemm.CONTRACTED)
-def test_products_are_measured_and_a_wrong_one_is_not(kind, monkeypatch):
-    monkeypatch.setattr(gemm.timing, "WORKING_SET", 2**12)
-    row = gemm.measure(kind, tokens=32, inputs=64, outputs=48, repeats=2)
-    assert row["bf16_us"] > 0 and row["emulated_us"] > 0 and row["emulated_over_bf16"]["ratio"] > 0
-    right = gemm.emulated(kind)
-    monkeypatch.setattr(gemm, "emulated", lambda kind: lambda *pair: right(*pair).at[0, 0].add(jnp.bfloat16(4)))
-    with pytest.raises(ValueError, match=f"{kind}: the emulated product is off by .* no time is reported"):
-        gemm.measure(kind, tokens=32, inputs=64, outputs=48, repeats=2)
-
-
-def test_the_kernel_is_measured_where_it_is_served(monkeypatch):
-    monkeypatch.setattr(gemm.timing, "WORKING_SET", 2**12)
-    row = gemm.measure("fprop", tokens=32, inputs=64, outputs=48, repeats=2)
-    assert gemm.unsupported_reason() and not any("fused" in key for key in row)
-    monkeypatch.setattr(gemm, "unsupported_reason", lambda: None)
-    monkeypatch.setattr(gemm, "fused", gemm.emulated)  # the kernel itself needs a GPU
-    row = gemm.measure("fprop", tokens=32, inputs=64, outputs=48, repeats=2)
-    assert row["fused_us"] > 0 and row["fused_over_emulated"]["ratio"] > 0
-    monkeypatch.setattr(gemm, "fused", lambda kind: lambda *pair: gemm.emulated(kind)(*pair) * 2)
-    with pytest.raises(ValueError, match="fprop: the fused product is off by .* no time is reported"):
-        gemm.measure("fprop", tokens=32, inputs=64, outputs=48, repeats=2)
