@@ -21,6 +21,8 @@ NEW = Execution(jnp.dtype(jnp.float32))  # stands for a kernel that no device he
 def small(monkeypatch):
     monkeypatch.setattr(gemm.timing, "WORKING_SET", 2**12)
     monkeypatch.setattr(gemm, "WEIGHT_SHAPES", (SMALL, EXPERTS))
+    for way in (fused, native):  # on a GPU too
+        monkeypatch.setattr(way, "unsupported_reason", lambda: "not in this test")
 
 
 def add_way(monkeypatch, run):
@@ -122,6 +124,7 @@ def test_a_device_that_a_new_way_breaks_has_been_measured_before(tmp_path, monke
 def test_ways_are_those_of_the_device(monkeypatch):
     assert list(gemm.ways()) == ["bf16", "emulated"]
     monkeypatch.setattr(fused, "unsupported_reason", lambda: None)
+    assert list(gemm.ways()) == ["bf16", "emulated", "fused"]
     assert gemm.ways()["fused"].fused and not gemm.ways()["fused"].native
     monkeypatch.setattr(native, "unsupported_reason", lambda: None)
     assert gemm.ways()["native"].native and not gemm.ways()["native"].fused

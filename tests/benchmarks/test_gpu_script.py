@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from benchmarks import device
+from benchmarks.step import rounds
 from fp4jax.cli import run
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
@@ -104,6 +105,7 @@ def test_products_are_tested_and_timed_as_the_model_runs_them(tmp_path):
     recipes = next(flag for flag in step if flag.startswith("--recipes=")).removeprefix("--recipes=").split(",")
     assert {"bf16", "nvfp4@pallas", "averis@pallas", "nvfp4_hadamard@pallas"} <= set(recipes)
     assert {"nvfp4@pallas/fused", "averis@pallas/fused"} <= set(recipes)
+    assert rounds(recipes)[0][0] == "bf16"  # what all losses are compared with
 
 
 def test_without_a_folder_it_says_how_it_is_called():
