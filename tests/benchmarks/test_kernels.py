@@ -12,6 +12,7 @@ from benchmarks.operations import OPERATIONS, Operation
 from fp4jax.cli import run
 from pallas_kernels import column_stats, column_sums, compat, quantize
 from pallas_kernels.quantize.shapes import EXPERT_SHAPES, SHAPES, WEIGHT_SHAPES, Shape, scaled_down
+from scripts import speed_tables
 
 without_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="shows what happens without a GPU")
 SMALL = Shape(64, 512, "", ("0p6b",))
@@ -212,3 +213,16 @@ def test_the_commit_of_a_copy_without_history_can_be_told(monkeypatch):
 def test_the_default_folder_is_named_after_the_device(monkeypatch):
     monkeypatch.setattr(records, "about", lambda command: {"device": "NVIDIA H100 80GB HBM3"})
     assert records.default_folder() == records.REPOSITORY / "benchmarks" / "results" / "nvidia_h100_80gb_hbm3"
+
+
+def test_the_table_has_the_rows_with_a_time(monkeypatch):
+    timed = {"kernel_us": 5.0, "kernel_gb_s": 1.0, "share_of_copy_bandwidth": 0.5, "xla_over_kernel": 2.0}
+    sizes = {"tokens": 640, "features": 1024}
+    rows = [
+        {"operation": "a", **sizes, **timed},  # as committed: without a batch
+        {"operation": "b", "batch": 64, **sizes, **timed},
+        {"operation": "c", "batch": 1, **sizes, "error": "error: no"},
+    ]
+    monkeypatch.setattr(speed_tables, "read", lambda path: {"rows": rows})
+    table = speed_tables.kernels().splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in table] == [["| `a`", "640 x 1024"], ["| `b`", "64 x 640 x 1024"]]
