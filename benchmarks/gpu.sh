@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within 9 minutes on one: tests of the kernels, kernels, step, gemm.
+# Everything that needs a GPU, within 9 minutes on one: tests of kernels and products, kernels, step, gemm.
 #
 #     benchmarks/gpu.sh OUT [PYTHON]
 #
 # Writes JSON, logs and the exit code of each part into OUT. A part that fails or runs out of time does not stop the
-# others; the script's own exit code is then 1. Where the tree is a copy without its history, set FP4JAX_COMMIT.
+# others; the script's own exit code is then 1. Without a GPU it ends at once. Where the tree is a copy without its
+# history, set FP4JAX_COMMIT.
 set -u
 out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT [PYTHON]}")
 python=${2:-python3}
@@ -24,11 +25,19 @@ part() { # NAME SECONDS COMMAND...
     [ "$code" -eq 0 ] || failed=1
 }
 
+# Limits add up to 515 s, with the time that a part has to die (--kill-after): tests/benchmarks/test_gpu_script.py.
 : > "$out/parts.txt"
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,memory.total --format=csv > "$out/gpu.csv"
-part tests 100 "$python" -m pytest -q -n 8 --maxfail=20 -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
-part kernels 170 "$python" -m benchmarks.kernels --tokens=4096,65536 --out="$out"
-part step 220 "$python" -m benchmarks.step --out="$out" \
-    --recipes=bf16,nvfp4@pallas,averis@pallas,nvfp4_hadamard@pallas,nvfp4,averis
-part gemm 45 "$python" -m benchmarks.gemm --repeats=5 --out="$out"
+timeout -s KILL 5 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,memory.total --format=csv \
+    > "$out/gpu.csv"
+part device 20 "$python" -m benchmarks.device
+[ "$failed" -eq 0 ] || exit 1
+part tests 80 "$python" -m pytest -q -n 8 --maxfail=20 -m "gpu and not slow" -p no:cacheprovider tests/pallas_kernels
+# What is slow of these is so in the interpreter alone.
+part products 40 "$python" -m pytest -q -n 4 -m gpu -p no:cacheprovider tests/test_fused.py tests/test_native.py
+part kernels 95 "$python" -m benchmarks.kernels --repeats=5 --out="$out" \
+    --shapes=65536x3072,64x10240x2048,1024x3072,64x2048x1024
+# Traced in this order, compiled side by side: what takes longest comes first. Times are taken in another one.
+part step 205 "$python" -m benchmarks.step --repeats=5 --out="$out" \
+    --recipes=averis@pallas/fused,nvfp4@pallas/fused,bf16,nvfp4_hadamard@pallas,averis@pallas,nvfp4@pallas
+part gemm 40 "$python" -m benchmarks.gemm --weights=1024x3072,64x2048x1024 --repeats=5 --out="$out"
 exit "$failed"

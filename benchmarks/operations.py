@@ -3,31 +3,53 @@
 A new kernel is a new row of OPERATIONS, another way to quantize one of _QUANTIZATIONS.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fp4jax.numerics import NVFP4, column_stats, hadamard, key_words, quantize_blocks
+from fp4jax.numerics import NVFP4, QTensor, column_stats, hadamard, key_words, quantize_blocks
 from pallas_kernels import column_stats as column_stats_kernel
+from pallas_kernels import column_sums as column_sums_kernel
 from pallas_kernels import quantize
+from pallas_kernels.quantize.shapes import EXPERT_SHAPES, SHAPES, WEIGHT_SHAPES, Shape
 
-Matrix = Float[Array, "tokens features"]
+Matrix = Float[Array, "*batch tokens features"]
+ACTIVATIONS = (*SHAPES, *EXPERT_SHAPES)
+SUMS_TOLERANCE = 1e-5  # of the largest sum of random values; one code of 65,536 that is wrong is more
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Operation:
-    """kernel, twin: (x, *given) → outputs, to be equal bit for bit; given: of x, made before anything is timed.
+    """A kernel and what it is measured by.
 
-    written: bytes that the kernel writes for each element it reads.
+    Attributes:
+      kernel, twin: (x, *given) → outputs, to be equal bit for bit.
+      given: of x, made before anything is timed.
+      written: bytes that the kernel writes for each element of x.
+      read: likewise those that it reads; None: x itself.
+      tolerance: how far a float output may be from the twin's, as a share of its largest magnitude, where the order of
+        additions is another one. Codes and scales have none.
+      shapes: those on which it is timed.
+      was_measured: on hardware, some time. What was not comes last: it may break the device for what follows.
     """
 
     kernel: Callable[..., PyTree]
     twin: Callable[..., PyTree]
     given: Callable[[Matrix], tuple]
     written: float
+    read: float | None = None
+    tolerance: float = 0.0
+    shapes: tuple[Shape, ...] = ACTIVATIONS
+    was_measured: bool = False
+
+
+def batch_dims(x: Matrix) -> int:
+    """Axes of experts: each has statistics of its own."""
+    return x.ndim - 2
 
 
 def _nothing(x: Matrix) -> tuple:
@@ -39,7 +61,23 @@ _ROWS, _COLUMNS, _SQUARE = (-1,), (-2,), (-2, -1)
 _FUNCTIONS = {_ROWS: "quantize_rows", _COLUMNS: "quantize_columns", _SQUARE: "quantize_2d"}
 
 
-@dataclass(frozen=True)
+@functools.cache
+def _statistics(centered: bool, transformed: bool) -> Callable[[Matrix], tuple]:
+    """x → (center, largest magnitude of what is quantized). One function for all that are given the same."""
+
+    def given(x: Matrix) -> tuple[Array | None, Array]:
+        center = column_stats(x, batch_dims(x)).mean(x.shape[-2]) if centered else None
+        return center, jnp.max(jnp.abs(_prepared(x, center, transformed)), axis=(-2, -1), keepdims=True)
+
+    return given
+
+
+def _prepared(x: Matrix, center: Array | None, transformed: bool) -> Matrix:
+    x = x.astype(jnp.float32) if center is None else x.astype(jnp.float32) - center
+    return hadamard(x, -2) if transformed else x
+
+
+@dataclasses.dataclass(frozen=True)
 class _Quantization:
     """One way to quantize. The tensor maximum is given, as in training by the statistics.
 
@@ -50,6 +88,7 @@ class _Quantization:
     centered: bool = False
     hadamard: bool = False
     stochastic: bool = False
+    was_measured: bool = False
 
     @property
     def name(self) -> str:
@@ -65,13 +104,12 @@ class _Quantization:
     def words(self) -> Array | None:
         return key_words(jax.random.key(1)) if self.stochastic else None
 
-    def given(self, x: Matrix) -> tuple[Array | None, Array]:
-        """(center, largest magnitude of what is quantized)."""
-        center = column_stats(x).mean(x.shape[0]) if self.centered else None
-        return center, jnp.max(jnp.abs(self._prepared(x, center)), keepdims=True)
+    @property
+    def given(self) -> Callable[[Matrix], tuple]:
+        return _statistics(self.centered, self.hadamard)
 
     def kernel(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
-        arguments = {"amax": amax, "words": self.words}
+        arguments = {"amax": amax, "words": self.words, "batch_dims": batch_dims(x)}
         if self.axes != _SQUARE:
             arguments["center"] = center
         if self.axes == _COLUMNS:
@@ -79,49 +117,93 @@ class _Quantization:
         q = getattr(quantize, _FUNCTIONS[self.axes])(x, **arguments)
         return q.codes, q.scales
 
+    def quantized(self, x: Matrix, center: Array | None, amax: Array) -> QTensor:
+        """By the twin."""
+        x = _prepared(x, center, self.hadamard)
+        given = {"batch_dims": batch_dims(x), "words": self.words, "amax": amax}
+        return quantize_blocks(x, NVFP4, axes=self.axes, pack_axis=self.axes[0], **given)
+
     def twin(self, x: Matrix, center: Array | None, amax: Array) -> tuple[Array, Array]:
-        x = self._prepared(x, center)
-        q = quantize_blocks(x, NVFP4, axes=self.axes, pack_axis=self.axes[0], words=self.words, amax=amax)
+        q = self.quantized(x, center, amax)
         return q.codes, q.scales
 
-    def _prepared(self, x: Matrix, center: Array | None) -> Matrix:
-        x = x.astype(jnp.float32) if center is None else x.astype(jnp.float32) - center
-        return hadamard(x, -2) if self.hadamard else x
+    @property
+    def operation(self) -> Operation:
+        shapes = WEIGHT_SHAPES if self.axes == _SQUARE else ACTIVATIONS
+        written, known = self.written, self.was_measured
+        return Operation(self.kernel, self.twin, self.given, written, shapes=shapes, was_measured=known)
 
 
+# Averis quantizes x centered, to nearest, and every gradient centered and stochastically, each along both axes.
 _QUANTIZATIONS = (
-    _Quantization(),
-    _Quantization(stochastic=True),
-    _Quantization(centered=True),
-    _Quantization(_COLUMNS),
-    _Quantization(_COLUMNS, stochastic=True),
-    _Quantization(_COLUMNS, centered=True),
-    _Quantization(_COLUMNS, hadamard=True),
+    _Quantization(was_measured=True),
+    _Quantization(stochastic=True, was_measured=True),
+    _Quantization(centered=True, was_measured=True),
+    _Quantization(centered=True, stochastic=True),
+    _Quantization(_COLUMNS, was_measured=True),
+    _Quantization(_COLUMNS, stochastic=True, was_measured=True),
+    _Quantization(_COLUMNS, centered=True, was_measured=True),
+    _Quantization(_COLUMNS, centered=True, stochastic=True),
+    _Quantization(_COLUMNS, hadamard=True, was_measured=True),
     _Quantization(_SQUARE),
     _Quantization(_SQUARE, stochastic=True),
 )
 
 
-def _copies(along: _Quantization, down: _Quantization) -> Operation:
-    """Both copies by one kernel, against both twins."""
+def _sums(q: QTensor) -> Array:
+    """1ᵀQ of every matrix, by XLA."""
+    return jnp.sum(q.dequantize(), axis=-2, keepdims=True)
+
+
+def _copies(sums: bool = False, **how: bool) -> tuple[str, Operation]:
+    """Both copies by one kernel, against both twins; with the column sums that the weight gradient needs of one."""
+    along, down = _Quantization(**how), _Quantization(_COLUMNS, **how)
 
     def kernel(x: Matrix, center: Array | None, amax: Array) -> list[Array]:
         arguments = {"amax": (amax, amax), "words": (along.words, down.words), "center": center}
-        return [part for q in quantize.quantize_copies(x, **arguments) for part in (q.codes, q.scales)]
+        rows, columns, *total = quantize.quantize_copies(x, **arguments, sums=sums, batch_dims=batch_dims(x))
+        return [rows.codes, rows.scales, columns.codes, columns.scales, *total]
 
-    def twins(*inputs) -> tuple[Array, ...]:
-        return (*along.twin(*inputs), *down.twin(*inputs))
+    def twins(x: Matrix, center: Array | None, amax: Array) -> list[Array]:
+        rows, columns = (way.quantized(x, center, amax) for way in (along, down))
+        return [rows.codes, rows.scales, columns.codes, columns.scales, *([_sums(columns)] if sums else [])]
 
-    return Operation(kernel, twins, along.given, written=along.written + down.written)
+    name = " ".join(["quantize_copies", *how, *(["sums"] if sums else [])])
+    written = along.written + down.written
+    return name, Operation(kernel, twins, along.given, written, tolerance=SUMS_TOLERANCE)
 
 
-_COPIES = {
-    "quantize_copies": _copies(_Quantization(), _Quantization(_COLUMNS)),
-    "quantize_copies centered": _copies(_Quantization(centered=True), _Quantization(_COLUMNS, centered=True)),
-    "quantize_copies stochastic": _copies(_Quantization(stochastic=True), _Quantization(_COLUMNS, stochastic=True)),
-}
+def _column_sums() -> Operation:
+    """The sums of a residual's stored copy, which `backend="pallas"` takes from its codes."""
+    way = _Quantization(_COLUMNS, centered=True, stochastic=True)
 
-OPERATIONS = {"column_stats": Operation(column_stats_kernel.column_stats, column_stats, _nothing, written=0.0)} | {
-    each.name: Operation(each.kernel, each.twin, each.given, written=each.written) for each in _QUANTIZATIONS
-}
-OPERATIONS |= _COPIES
+    def given(x: Matrix) -> tuple[QTensor]:
+        return (way.quantized(x, *way.given(x)),)
+
+    def kernel(x: Matrix, q: QTensor) -> Array:
+        return column_sums_kernel.column_sums(q, batch_dims(x))
+
+    return Operation(
+        kernel, lambda x, q: _sums(q), given, written=0.0, read=way.written, tolerance=SUMS_TOLERANCE
+    )  # fmt: skip
+
+
+def _column_stats(x: Matrix) -> PyTree:
+    return column_stats_kernel.column_stats(x, batch_dims(x))
+
+
+def _column_stats_twin(x: Matrix) -> PyTree:
+    return column_stats(x, batch_dims(x))
+
+
+OPERATIONS: dict[str, Operation] = dict(
+    [
+        ("column_stats", Operation(_column_stats, _column_stats_twin, _nothing, written=0.0, was_measured=True)),
+        *((each.name, each.operation) for each in _QUANTIZATIONS),
+        ("column_sums", _column_sums()),
+        _copies(),
+        _copies(stochastic=True),
+        _copies(centered=True, sums=True),
+        _copies(centered=True, stochastic=True, sums=True),
+    ]
+)

@@ -29,6 +29,7 @@ from benchmarks.step import (
     configuration,
     initial_state,
     make_batch,
+    split_name,
     split_recipes,
 )
 from fp4jax import scopes
@@ -157,7 +158,7 @@ def _parse(arguments: Sequence[str]):
     flags = parser.parse_args(arguments)
     flags.recipes = split_recipes(parser, flags.recipes)
     for name in flags.recipes:
-        as_recipe(name.partition("@")[0])
+        as_recipe(split_name(name)[0])
     return flags
 
 

@@ -4,10 +4,13 @@
     python -m benchmarks.step --layers=4 --recipes=bf16,nvfp4,averis@pallas
     python -m benchmarks.step --model=tiny --repeats=3             # on a CPU
 
-A recipe may name its backend (averis@pallas). Every program first takes one step from the same initial state: its loss
-must be finite and near the first program's, or the run ends without a time. Then they take turns, all on one state
-that goes from hand to hand, and results are written after every turn. A ratio is the median over turns of the times in
-one turn, with a bootstrap interval.
+A recipe may name its backend and its product (averis@pallas, averis@pallas/fused). Every program first takes one step
+from the same initial state: its loss must be finite and near the first program's, or the run ends without a time. Then
+they take turns, all on one state that goes from hand to hand, and results are written after every turn. A ratio is the
+median over turns of the times in one turn, with a bootstrap interval.
+
+Programs that name a product follow when the others have their times, and all take turns once more: their kernels are
+the newest, and a fault breaks the device for whatever comes after it.
 """
 
 import functools
@@ -38,6 +41,7 @@ COMMAND = "benchmarks.step"
 MODELS = {"0p6b": "configs.qwen3_0p6b", "tiny": "configs.averis_tiny"}
 RECIPES = "bf16,nvfp4,nvfp4_hadamard,averis,averis_centered"
 REFERENCES = ("bf16", "nvfp4")
+AUTO = "auto"  # what a program has for the part that its name leaves out
 _LOSS_TOLERANCE = 0.05  # an untrained model's loss hardly depends on the recipe
 
 
@@ -73,31 +77,71 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {sizes}")
     batch = make_batch(first, mesh)
     initial = functools.partial(initial_state, first, mesh)
+    compilations = compile_all(configs, mesh)
     programs, rows = [], []
-    for name, compilation in compile_all(configs, mesh).items():
-        program, row = prepared(name, compilation, initial, batch)
-        programs += [program] if program else []
-        rows.append(row)
+
+    def write() -> None:
         records.write(path, COMMAND, rows, **sizes)
+
+    for names in rounds(flags.recipes):
+        joining = []
+        for name in names:
+            program, row = prepared(name, compilations[name], initial, batch)
+            joining += [program] if program else []
+            rows.append(row)
+            write()
+        check([row for row in rows if "error" not in row])
+        programs += joining
+        if joining:
+            report = functools.partial(keep, rows, tokens, write)
+            turns = functools.partial(in_turns, programs, initial, batch, flags.repeats, report)
+            attempt(turns, timing.CLOCKS[flags.clock], rows, write)
     good = [row for row in rows if "error" not in row]
-
-    def report(times: dict[str, list[float]]) -> None:
-        for row in good:
-            row |= {"seconds": times[row["recipe"]], **summary(row["recipe"], times, tokens)}
-        records.write(path, COMMAND, rows, **sizes)
-
-    check(good)
-    in_turns(programs, initial(), batch, flags.repeats, report, timing.CLOCKS[flags.clock])
     for row in good:
         print(describe(row))
     if len(good) < len(rows):
         raise ValueError(f"without a time: {', '.join(row['recipe'] for row in rows if 'error' in row)}; see {path}")
 
 
+def rounds(names: Sequence[str]) -> list[list[str]]:
+    """Programs by when they join: those of no product in particular, then the others."""
+    joined = ([name for name in names if bool(split_name(name)[2]) == late] for late in (False, True))
+    return [group for group in joined if group]
+
+
+def attempt(turns: Callable, clock: Callable[[], float], rows: Sequence[dict], write: Callable[[], None]) -> None:
+    """Takes the turns; what ends them is the error of every row that has no time yet."""
+    try:
+        turns(clock)
+    except Exception as error:  # such as a device that one of the programs broke
+        print(describe_error(error), flush=True)
+        for row in rows:
+            if "seconds" not in row:
+                row.setdefault("error", describe_error(error))
+        write()
+
+
+def keep(rows: Sequence[dict], tokens: int, write: Callable[[], None], times: dict[str, list[float]]) -> None:
+    """Puts times into the rows and writes them. Those of a later round replace others when they are as many."""
+    for row in rows:
+        seconds = times.get(row["recipe"], [])
+        if "error" not in row and len(seconds) >= len(row.get("seconds", [0])):
+            row |= {"seconds": list(seconds), **summary(row["recipe"], times, tokens)}
+    write()
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """(recipe, backend, product) of a program's name, "" for what it leaves out."""
+    rest, _, product = name.partition("/")
+    recipe, _, backend = rest.partition("@")
+    return recipe, backend, product
+
+
 def configuration(flags, name: str) -> ml_collections.ConfigDict:
     """The configuration of one program."""
     config = importlib.import_module(MODELS[flags.model]).get_config()
-    config.recipe, _, config.backend = name.partition("@") if "@" in name else (name, "", "auto")
+    config.recipe, backend, product = split_name(name)
+    config.backend, config.gemm = backend or AUTO, product or AUTO
     config.batch_size = flags.sequences or (4 if flags.model == "0p6b" else config.batch_size)
     config.seq_len = flags.length or config.seq_len
     config.microbatches = flags.microbatches
@@ -196,15 +240,14 @@ def check(rows: Sequence[dict]) -> None:
 
 def in_turns(
     programs: Sequence[Program],
-    state: TrainState,
+    initial: Callable[[], TrainState],
     batch: Batch,
     repeats: int,
     after_turn: Callable[[dict[str, list[float]]], None],
     clock: Callable[[], float],
 ) -> None:
     """Seconds of every program's step in every turn. One state serves all: each step takes the one before's."""
-    held = [state]
-    del state
+    held = [initial()]
 
     def step(program: Program) -> dict:
         held[0], metrics = program(held[0], batch)
@@ -215,14 +258,20 @@ def in_turns(
 
 
 def summary(name: str, times: dict[str, list[float]], tokens: int) -> dict:
-    """Median, tokens a second, and ratios to the references under the same backend; to bf16 under any."""
+    """Median, tokens a second, and ratios: to the references under the same backend and product, to bf16 under any, and
+    of a program that names its product to the one that does not.
+    """
     median = timing.medians(times)[name]
     found = {"median_seconds": median, "tokens_per_second": tokens / median}
-    _, at, backend = name.partition("@")
-    for reference in REFERENCES:
-        beside = next((other for other in (f"{reference}{at}{backend}", reference) if other in times), None)
-        if beside is not None and beside != name and (beside.startswith("bf16") or beside.partition("@")[2] == backend):
-            found[f"over_{reference}"] = ratios.paired_ratio(times[name], times[beside])
+    recipe, _, product = split_name(name)
+    suffix = name.removeprefix(recipe)
+    beside = {reference: [reference + suffix] for reference in REFERENCES}
+    beside["bf16"].append("bf16")
+    beside[AUTO] = [name.removesuffix(f"/{product}")] if product else []
+    for reference, others in beside.items():
+        other = next((other for other in others if other in times), name)
+        if other != name:
+            found[f"over_{reference}"] = ratios.paired_ratio(times[name], times[other])
     return found
 
 
@@ -230,7 +279,7 @@ def describe(row: dict) -> str:
     """One line of the table."""
     shown = "  ".join(
         f"/{reference} {ratio['ratio']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]"
-        for reference in REFERENCES
+        for reference in (*REFERENCES, AUTO)
         if (ratio := row.get(f"over_{reference}"))
     )
     memory = (row["held_bytes"] + row["temporary_bytes"]) / 2**30
@@ -246,7 +295,9 @@ def add_program_flags(parser: Parser, model: str) -> None:
     model: the default.
     """
     parser.add_argument("--model", choices=tuple(MODELS), default=model)
-    parser.add_argument("--recipes", default=RECIPES, help="separated by commas, each with @backend or without")
+    parser.add_argument(
+        "--recipes", default=RECIPES, help="separated by commas, each with @backend/product, either or neither"
+    )
     parser.add_argument("--layers", type=positive, help="by default the model's")
     parser.add_argument("--sequences", type=positive, help="by default 4, of the tiny model its configuration's")
     parser.add_argument("--length", type=positive, help="tokens in a sequence; by default the configuration's")
@@ -259,6 +310,8 @@ def split_recipes(parser: Parser, listed: str) -> list[str]:
     names = listed.split(",")
     if len(set(names)) < len(names):
         parser.error("--recipes names one twice")
+    if halves := [name for name in names if name.endswith(("@", "/")) or "@/" in name]:
+        parser.error(f"--recipes: {halves[0]!r} leaves out what it announces; write recipe@backend/product")
     return names
 
 

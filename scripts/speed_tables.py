@@ -15,13 +15,14 @@ def kernels() -> str:
     rows = [
         (
             f"`{row['operation']}`",
-            f"{row['tokens']} x {row['features']}",
+            " x ".join(str(row[size]) for size in ("batch", "tokens", "features") if row.get(size, 1) > 1),
             f"{row['kernel_us']:.0f}",
             f"{row['kernel_gb_s']:,.0f}",
             f"{100 * row['share_of_copy_bandwidth']:.0f} %",
             f"{row['xla_over_kernel']:.1f}",
         )
         for row in sorted(measured["rows"], key=lambda row: (row["operation"], row["tokens"], row["features"]))
+        if "kernel_us" in row
     ]
     header = ("kernel, bfloat16", "tokens x features", "us", "GB/s", "of XLA's copy", "XLA's time over the kernel's")
     return table(header, rows)

@@ -76,10 +76,12 @@ def test_operands_are_what_the_emulation_multiplies(case):
     np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
 
 
-def product_and_gradients(recipe, how, experts=False):
+def product_and_gradients(recipe, how, experts=False, factor=1):
+    """factor: of all sizes but the number of experts."""
     batch = (EXPERTS,) if experts else ()
     numbers = (((3,), (1,)), ((0,), (0,))) if experts else (((2,), (0,)), ((), ()))
-    x, w = random(*batch, *TOKENS, INPUTS), random(*batch, INPUTS, OUTPUTS, seed=1)
+    *tokens, inputs, outputs = (factor * size for size in (*TOKENS, INPUTS, OUTPUTS))
+    x, w = random(*batch, *tokens, inputs), random(*batch, inputs, outputs, seed=1)
 
     def product(x, w):
         return dot_general(x, w, numbers, recipe=recipe, key=KEY, gemm=how)
@@ -88,12 +90,12 @@ def product_and_gradients(recipe, how, experts=False):
         y, pull = jax.vjp(product, x, w)
         return y, *pull(d)
 
-    return all_three, (x, w, random(*batch, *TOKENS, OUTPUTS, seed=2))
+    return all_three, (x, w, random(*batch, *tokens, outputs, seed=2))
 
 
-def assert_near(got, expected):
+def assert_near(got, expected, of_largest=3e-6):
     for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=of_largest * np.abs(b).max())
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,23 @@ def test_results_are_the_emulations_up_to_the_order_of_additions(blackwell, reci
     assert [(row.gemm, row.execution, row.count) for row in report.fp4] == [
         (name, "native", 1) for name in ("fprop", "dgrad", "wgrad")
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1, 8], ids=["ragged", "whole blocks"])
+@pytest.mark.parametrize(
+    ("recipe", "experts"), [("nvfp4", False), ("averis", False), ("averis", True), ("nvfp4_hadamard", False)]
+)
+def test_tensor_cores_give_the_emulations_results(recipe, experts, factor):
+    """What no other test sees: the hardware, and that it is reached."""
+    if reason := native.unsupported_reason():
+        pytest.skip(reason)
+    function, arguments = product_and_gradients(recipe, "native", experts, factor)
+    program = jax.jit(function).lower(*arguments).compile()
+    if factor > 1:
+        assert program.as_text().count("blockScaledDot") >= 3
+    emulated = jax.jit(product_and_gradients(recipe, "emulated", experts, factor)[0])(*arguments)
+    assert_near(program(*arguments), emulated, of_largest=1e-5)
 
 
 def test_what_tensor_cores_do_not_take_is_emulated_and_says_so(blackwell, caplog):

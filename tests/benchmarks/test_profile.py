@@ -57,7 +57,12 @@ def test_other_devices_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("recipes", "message"), [("bf16,nope", "unknown recipe 'nope'"), ("bf16,bf16", "--recipes names one twice")]
+    ("recipes", "message"),
+    [
+        ("bf16,nope", "unknown recipe 'nope'"),
+        ("bf16,nope/emulated", "unknown recipe 'nope'"),
+        ("bf16,bf16", "--recipes names one twice"),
+    ],
 )
 def test_recipes_are_checked_before_anything_is_written(recipes, message, tmp_path):
     with pytest.raises(ValueError, match=message):

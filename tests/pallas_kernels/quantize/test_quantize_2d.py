@@ -7,7 +7,7 @@ import pytest
 
 from fp4jax.numerics import NVFP4, quantize_blocks
 from pallas_kernels import launch
-from pallas_kernels.quantize import quantize_2d
+from pallas_kernels.quantize import quantize_2d, shapes
 from tests.combinations import half_quick
 from tests.pallas_kernels.quantize.test_quantize_rows import (
     DTYPE_NAMES,
@@ -37,6 +37,13 @@ SHAPES = [(16, 16), (32, 512), (48, 784), (33, 300), (1, 17), (2, 40, 528)]
 @half_quick({"stochastic": ROUNDINGS, "dtype": DTYPE_NAMES, "shape": {str(shape): shape for shape in SHAPES}})
 def test_equals_its_twin(shape, dtype, stochastic, interpret):
     check(values(shape, dtype), interpret, words=stream(stochastic))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", shapes.WEIGHT_SHAPES, ids=lambda s: s.name)
+def test_equals_its_twin_on_the_models_weights_scaled_down(shape, interpret):
+    small = shapes.scaled_down(shape, 16)
+    check(values(small.array, jnp.float32), interpret, batch_dims=len(small.array) - 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)

@@ -88,6 +88,12 @@ def test_equals_its_twin_on_the_models_shapes_scaled_down(shape, interpret):
     check(x, interpret, words=stream(True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", shapes.EXPERT_SHAPES, ids=lambda s: s.name)
+def test_equals_its_twin_on_the_shapes_of_experts_scaled_down(shape, interpret):
+    check(values(shapes.scaled_down(shape, 16).array, jnp.bfloat16), interpret, words=stream(True), batch_dims=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 def test_magnitudes_from_2_to_the_minus_30_to_2_to_the_30(dtype, stochastic, interpret):
