@@ -48,7 +48,10 @@ def plan_of(target, folder, **changes):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert f"{target}: " in run.stdout
-    (plan,) = json.loads(out.read_text())["plans"]
+    written = json.loads(out.read_text())
+    assert written["commit"] and written["command"].startswith("python -m fp4jax.plan --config=configs/averis_")
+    assert str(folder) not in out.read_text()
+    (plan,) = written["plans"]
     assert plan["unknown_loops"] == 0
     found = plan["memory"]
     # The peak is of what is live at once; temporaries are the space that is allotted, gaps between arrays included.
