@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fp4jax.plan.table import lines
 from scripts.markdown import read, table
 
 
@@ -16,6 +17,11 @@ def plan() -> str:
             sizes = f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.3f}"
             rows.append((f"`{target}`", f"`{remat}`", *sizes, _fp4_products(found), _kernels(found["kernels"])))
     return table(("target", "remat", "averis, GiB", "bf16, GiB", "ratio", "FP4 products", "kernels"), rows)
+
+
+def plan_of(target: str, name: str) -> str:
+    """What the command prints of one target of results/plan/NAME.json."""
+    return "\n".join(["```text", *lines(_plans(name)[target]), "```"])
 
 
 def traffic() -> str:

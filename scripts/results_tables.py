@@ -25,6 +25,7 @@ PAGES = (
     "docs/faults.md",
     "docs/benchmarks.md",
     "docs/mean_bias.md",
+    "docs/plan.md",
     "docs/profile.md",
 )
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -168,6 +169,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": functools.partial(gaps, "ablations"),
     "continue_smollm2": functools.partial(gaps, "continue_smollm2"),
     "plan": cluster_tables.plan,
+    "plan_b200": functools.partial(cluster_tables.plan_of, "b200:1", "averis_0p6b_linear_inputs"),
     "traffic": cluster_tables.traffic,
     "clusters": cluster_tables.clusters,
     "scaling": cluster_tables.scaling,

@@ -17,6 +17,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from fp4jax import provenance
 from fp4jax.cli import check_output_file
 from fp4jax.plan import kernels, table, targets
 from fp4jax.training.command import DEBUG, run
@@ -37,12 +38,13 @@ def main() -> None:
         target.check_installed()
     if OUT.value:
         check_output_file(Path(OUT.value), "--out")
+    about = provenance.about("fp4jax.plan", sys.argv[1:])  # before the work: of the code that does it
     plans = []
     for target in chosen:
-        plans.append({"config": str(path)} | _in_a_process(CONFIG.value, target))
+        plans.append({"config": provenance.without_folders(str(path))} | _in_a_process(CONFIG.value, target))
         print("\n".join(table.lines(plans[-1])), end="\n\n", flush=True)
     if OUT.value:
-        Path(OUT.value).write_text(json.dumps({"plans": plans}, indent=1) + "\n", encoding="utf-8")
+        Path(OUT.value).write_text(json.dumps(about | {"plans": plans}, indent=1) + "\n", encoding="utf-8")
 
 
 def _in_a_process(config: ml_collections.ConfigDict, target: targets.Target) -> dict:

@@ -1,4 +1,9 @@
-"""What ptxas said of every Pallas kernel that a process compiled, from the files that Mosaic GPU leaves."""
+"""What every Pallas kernel that a process compiled needs, from the files that Mosaic GPU leaves.
+
+Registers, spills and static shared memory are ptxas' (NAME.ptxas). What a launch adds to the shared memory, nearly all
+of it, stands in the program that ptxas was given (NAME.mlir-passes.log), barriers included. Mosaic leaves
+NAME.resources.txt too, but numbers those files otherwise: the same NAME may be another kernel.
+"""
 
 import dataclasses
 import re
@@ -7,6 +12,8 @@ from pathlib import Path
 _USED = re.compile(r"Used (\d+) registers(.*)")
 _SHARED = re.compile(r"(\d+) bytes smem")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_CONSTANT = re.compile(r"(%\w+) = arith\.constant (\d+) : i32")
+_LAUNCHED = re.compile(r"gpu\.launch .*dynamic_shared_memory_size (%\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +25,15 @@ class Kernel:
       architecture: "sm_90a".
       registers: of a thread.
       spill_bytes: stored to and loaded from local memory by a thread, for want of registers.
-      shared_bytes: of static shared memory of a thread block; what a launch adds is not in ptxas' report.
+      static_shared_bytes, dynamic_shared_bytes: of the shared memory of a thread block; the launch adds the latter.
     """
 
     name: str
     architecture: str
     registers: int
     spill_bytes: int
-    shared_bytes: int
+    static_shared_bytes: int
+    dynamic_shared_bytes: int
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -37,7 +45,7 @@ def read(folder: Path) -> list[Kernel]:
     """The kernels whose reports are in `folder`, by name.
 
     Raises:
-      ValueError: a report that says nothing of registers.
+      ValueError: a report that says nothing of registers, or a kernel of which no launch is found.
     """
     return [_kernel(path) for path in sorted(folder.glob("*.ptxas"))]
 
@@ -55,4 +63,18 @@ def _kernel(path: Path) -> Kernel:
         int(used[1]),
         sum(map(int, spills.groups())) if spills else 0,
         int(shared[1]) if shared else 0,
+        _dynamic_shared(path.with_suffix(".mlir-passes.log")),
     )
+
+
+def _dynamic_shared(path: Path) -> int:
+    """Bytes that the kernel's launch asks for; read up to there, as the file is of many megabytes."""
+    constants = {}
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if found := _CONSTANT.search(line):
+                    constants[found[1]] = int(found[2])
+                if found := _LAUNCHED.search(line):
+                    return constants[found[1]]
+    raise ValueError(f"{path.name}: no launch with its dynamic shared memory")

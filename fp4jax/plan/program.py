@@ -18,6 +18,7 @@ _FREE = {
     "optimization-barrier", "partition-id", "replica-id", "async-start", "async-update", "async-done",
 }  # fmt: skip
 _COPIES = {"copy", "copy-start", "copy-done", "bitcast"}
+_FUSIONS = {"fusion", "fusion-start"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
@@ -150,12 +151,25 @@ class Executions:
         return sum(times * self._traffic(instruction) for instruction, times in self)
 
     def custom_calls(self) -> collections.Counter[str]:
-        """Executions of every custom call's target."""
+        """Executions of every target, those inside fusions too.
+
+        XLA puts a kernel that reads or writes a slice of a stacked array into a fusion with the slicing.
+        """
         found: collections.Counter[str] = collections.Counter()
-        for instruction, times in self:
-            if instruction.opcode == "custom-call":
+        for instruction, times in self._with_fused():
+            if instruction.opcode.removesuffix("-start") == "custom-call":
                 found[re.search(r'custom_call_target="([^"]*)"', instruction.rest)[1]] += times
         return found
+
+    def _with_fused(self) -> Iterator[tuple[Instruction, int]]:
+        """All instructions, those of fusions too; a fusion's memory traffic is its own, not that of what is in it."""
+        todo = list(self.times.items())
+        while todo:
+            computation, times = todo.pop()
+            for instruction in self._of_computation[computation]:
+                yield instruction, times
+                if instruction.opcode in _FUSIONS:
+                    todo.append((instruction.called("calls"), times))
 
     def _traffic(self, instruction: Instruction) -> int:
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
@@ -165,7 +179,7 @@ class Executions:
             return 2 * size_in_bytes(instruction.type)
         if instruction.opcode == "dynamic-update-slice":
             return 2 * size_in_bytes(operands[1].type)
-        if instruction.opcode == "fusion":
+        if instruction.opcode in _FUSIONS:
             return self._traffic_of_fusion(instruction, operands)
         return size_in_bytes(instruction.type) + sum(size_in_bytes(operand.type) for operand in operands)
 

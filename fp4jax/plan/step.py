@@ -24,6 +24,7 @@ from fp4jax.plan import kernels, targets
 from fp4jax.plan.program import Executions
 from fp4jax.reporting import Precision, Report, Row, of_program
 from fp4jax.reporting.optimized_hlo import Program
+from fp4jax.reporting.rows import CORRECTION
 from fp4jax.training.mesh import make_mesh
 from fp4jax.training.state import model_template
 from fp4jax.training.step import abstract_train_step
@@ -81,7 +82,7 @@ def plan(config: ml_collections.ConfigDict, target: targets.Target, dump: Path |
         "gathers": executions.gathers(),
         "weight_gathers": weight_gathers(executions.gathers(), kernel_shapes(config), mesh.shape["tensor"]),
         "gemms": _gemms(report.rows),
-        "corrections": _by_execution(row for row in report.apart if row.execution and row.recipe),
+        "corrections": _by_execution(row for row in report.apart if row.execution and row.reason == CORRECTION),
         "high_precision": sum(row.count for row in report.rows if row.precision is not Precision.FP4),
         "quantization": _quantization(report),
         "custom_calls": dict(executions.custom_calls()),

@@ -72,9 +72,10 @@ def _products(plan: Mapping) -> Iterable[tuple[str, str]]:
         registers = sorted(kernel["registers"] for kernel in programs)
         many = f" in {len(programs)} programs" if len(programs) > 1 else ""
         used = f"{registers[0]} to {registers[-1]}" if registers[0] < registers[-1] else f"{registers[0]}"
-        spilled, shared = (max(kernel[key] for kernel in programs) for key in ("spill_bytes", "shared_bytes"))
+        spilled = max(kernel["spill_bytes"] for kernel in programs)
+        shared = max(kernel["static_shared_bytes"] + kernel["dynamic_shared_bytes"] for kernel in programs)
         spills = f"{spilled} bytes spilled" if spilled else "no spills"
-        yield f"kernel {name}", f"{used} registers, {spills}, {shared} bytes of static shared memory{many}"
+        yield f"kernel {name}", f"{used} registers, {spills}, {shared:,} bytes of shared memory{many}"
 
 
 def _by_name(kernels: Iterable[Mapping]) -> dict[str, list[Mapping]]:

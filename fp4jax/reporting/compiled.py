@@ -23,6 +23,8 @@ class CompiledCheck:
     operands: of theirs, those that the recipes quantize; coded: those of them that still come from few bits.
     folded: one line for each of the others, whose quantization the compiler has removed.
     execution: how products run, by (recipe, GEMM, formats).
+    corrections: how those with what a split took off run, by (recipe, formats); without those that the compiler has
+      made into sums of multiples, which are no product any more.
     """
 
     platform: str
@@ -31,6 +33,7 @@ class CompiledCheck:
     coded: int
     folded: tuple[str, ...]
     execution: Mapping[Kind, tuple[str, ...]]
+    corrections: Mapping[tuple[str, tuple[str, str]], tuple[str, ...]]
 
     def __str__(self) -> str:
         if not self.products:
@@ -44,7 +47,7 @@ def check(text: str, platform: str) -> CompiledCheck:
     """Reads an optimized program (`jax.stages.Compiled.as_text()`)."""
     program = Program(text)
     operands, coded, products, folded = 0, 0, 0, []
-    execution = collections.defaultdict(set)
+    execution, corrections = collections.defaultdict(set), collections.defaultdict(set)
     for product in program.products():
         scope = scopes.read(product.scope)
         if not scope.quantized or scope.recipe is None or STATISTICS in product.scope:
@@ -55,10 +58,15 @@ def check(text: str, platform: str) -> CompiledCheck:
         if kept < scope.quantized:
             reached = next(source for source in sources if source is not None)
             folded.append(f"NOT QUANTIZED: {product.scope}: an operand is {reached.type[:60]} %{reached.name}")
-        if scope.gemm and scope.operands and not scope.is_correction:
+        if scope.operands and scope.is_correction:
+            corrections[scope.recipe, scope.operands].add(_execution(program, product))
+        elif scope.operands and scope.gemm:
             execution[scope.recipe, scope.gemm, scope.operands].add(_execution(program, product))
-    ways = {kind: tuple(sorted(found)) for kind, found in execution.items()}
-    return CompiledCheck(platform, products, operands, coded, tuple(folded), ways)
+    return CompiledCheck(platform, products, operands, coded, tuple(folded), _sorted(execution), _sorted(corrections))
+
+
+def _sorted(ways: Mapping) -> dict:
+    return {kind: tuple(sorted(found)) for kind, found in ways.items()}
 
 
 def _execution(program: Program, product: Instruction) -> str:

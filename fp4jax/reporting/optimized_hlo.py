@@ -184,7 +184,7 @@ class Program:
                 return [(operands[index], None)] if index is not None else [(o, None) for o in operands]
             case "while":
                 return [(operands[0], index), (self.roots[instruction.called("body")], index)]
-            case "fusion":
+            case "fusion" | "fusion-start":
                 return [(self.roots[instruction.called("calls")], index)]
             case "call":
                 return [(self.roots[instruction.called("to_apply")], index)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jax.extend.core import Jaxpr
 
 from fp4jax.reporting.compiled import CompiledCheck, check
-from fp4jax.reporting.rows import Precision, Row, rows_of, share
+from fp4jax.reporting.rows import CORRECTION, Precision, Row, rows_of, share
 from fp4jax.reporting.table import layer_table, plural
 from fp4jax.reporting.trace import trace
 from fp4jax.reporting.walk import find_products
@@ -90,8 +90,9 @@ class Report:
         }  # fmt: skip
         if self.compiled is not None:
             compiled = {field.name: getattr(self.compiled, field.name) for field in dataclasses.fields(self.compiled)}
-            ways = [[*kind, ways] for kind, ways in self.compiled.execution.items()]
-            content["compiled"] = compiled | {"execution": ways}
+            for kind in ("execution", "corrections"):  # JSON's keys are no tuples
+                compiled[kind] = [[*what, ways] for what, ways in compiled[kind].items()]
+            content["compiled"] = compiled
         return json.dumps(content, indent=1)
 
 
@@ -147,6 +148,8 @@ def of_program(
 
 def _as_compiled(row: Row, compiled: CompiledCheck) -> Row:
     ways = compiled.execution.get((row.recipe, row.gemm, row.operands)) if row.execution else None
+    if row.execution and row.reason == CORRECTION:
+        ways = compiled.corrections.get((row.recipe, row.operands))
     return dataclasses.replace(row, execution=", ".join(ways)) if ways else row
 
 

@@ -16,6 +16,8 @@ _WRAPPERS = re.compile(r"[a-z_]+\(|\)|(^|/)(rematted_computation|checkpoint)(?=/
 _LAYER_SUFFIX = re.compile(r"\.(kernel|weight)$")
 _ORDER = ("fprop", "dgrad", "wgrad", "forward", "backward")
 _MAX_LEAVES = 3
+CORRECTION = "correction of a split"
+"""The reason of a row that is no GEMM of a layer but a product with what a split took off."""
 
 
 class Precision(enum.StrEnum):
@@ -81,7 +83,7 @@ def _aside(product: Product) -> str:
         return "statistics"
     if scope.is_preparation:
         return "preparation of an operand"
-    return "correction of a split" if scope.is_correction else ""
+    return CORRECTION if scope.is_correction else ""
 
 
 def _key(product: Product) -> tuple:

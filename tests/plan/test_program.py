@@ -150,6 +150,53 @@ def test_of_what_is_sliced_or_updated_in_place_the_slice_counts():
     assert Executions(Program(SHARDED)).bytes_accessed() == 4 * (sliced + updated + collectives) + reduced + counters
 
 
+def test_a_fusion_that_runs_beside_others_moves_what_it_would_alone():
+    """Not its operands and its result whole, which its type is a tuple of."""
+    beside = SHARDED.replace("%one = f32[256]{0} fusion(%stack, %i)",
+        "%begun = ((f32[4,256]{1,0}, s32[]), f32[256]{0}, u32[]) fusion-start(%stack, %i)"
+    ).replace("  %gather = ", "  %one = f32[256]{0} fusion-done(%begun)\n  %gather = ")  # fmt: skip
+    assert "fusion-start" in beside and "fusion-done" in beside
+    assert Executions(Program(beside)).bytes_accessed() == Executions(Program(SHARDED)).bytes_accessed()
+
+
+# A loop's kernels as XLA for GPUs has them: one alone, one in a fusion that cuts out its operand and writes the result
+# into a stack, one in a fusion of that fusion; written by hand.
+IN_FUSIONS = SHARDED.replace("%body (", """%cut (c0: f32[4,256], c1: s32[], c2: u8[4,128]) -> u8[4,128] {
+  %c0 = f32[4,256]{1,0} parameter(0)
+  %c1 = s32[] parameter(1)
+  %c2 = u8[4,128]{1,0} parameter(2)
+  %none = s32[] constant(0)
+  %row.1 = f32[1,256]{1,0} dynamic-slice(%c0, %c1, %none), dynamic_slice_sizes={1,256}
+  %codes = u8[1,128]{1,0} custom-call(%row.1), custom_call_target="mosaic_gpu_v2"
+  ROOT %written = u8[4,128]{1,0} dynamic-update-slice(%c2, %codes, %c1, %none)
+}
+
+%outer (o0: f32[256]) -> u8[128] {
+  %o0 = f32[256]{0} parameter(0)
+  ROOT %inside = u8[128]{0} fusion(%o0), kind=kCustom, calls=%inner
+}
+
+%inner (i0: f32[256]) -> u8[128] {
+  %i0 = f32[256]{0} parameter(0)
+  ROOT %kernel = u8[128]{0} custom-call(%i0), custom_call_target="other"
+}
+
+%body (""").replace("  %gather = ", """  %given = u8[4,128]{1,0} constant({...})
+  %fused = u8[4,128]{1,0} fusion(%stack, %i, %given), kind=kCustom, calls=%cut
+  %nested = u8[128]{0} fusion(%one), kind=kCustom, calls=%outer
+  %alone = u8[128]{0} custom-call(%one), custom_call_target="mosaic_gpu_v2"
+  %gather = """)  # fmt: skip
+
+
+def test_kernels_in_fusions_are_counted_with_the_fusions():
+    executions, plain = Executions(Program(IN_FUSIONS)), Executions(Program(SHARDED))
+    assert executions.custom_calls() == {"mosaic_gpu_v2": 2 * 4, "other": 4}
+    # A slice in and a slice out, with its position; a row in and its codes out, twice.
+    moved = (1024 + 4 + 128) + 2 * (1024 + 128)
+    assert executions.bytes_accessed() == plain.bytes_accessed() + 4 * moved
+    assert executions.collectives() == plain.collectives()
+
+
 @pytest.mark.parametrize("length", [3, 5])
 def test_a_compiled_loop(length):
     """XLA's own text: what grows with a loop's length is what is in it."""

@@ -33,11 +33,35 @@ def test_other_names_are_refused_in_one_line(name):
     assert "\n" not in str(raised.value)
 
 
-def test_every_description_is_of_the_gpu_it_is_named_after():
-    assert targets.gpu_names() == ["b200", "h200"]
-    for name in targets.gpu_names():
-        text = (targets.DESCRIPTIONS / f"{name}.txtpb").read_text(encoding="utf-8")
-        assert re.search(r'device_description_str: "NVIDIA (\w+)"', text)[1].lower() == name
+# The two GPUs differ in all of these, and XLA decides by these: tiles by cores, schedules by memory and bandwidth.
+FACTS = {
+    "b200": {
+        "core_count": 148, "device_memory_size": 191_514_411_008, "l2_cache_size": 132_644_864,
+        "memory_bandwidth": 7.67e12, "clock_rate_ghz": 1.965, "major": 10,
+    },
+    "h200": {
+        "core_count": 132, "device_memory_size": 151_397_597_184, "l2_cache_size": 52_428_800,
+        "memory_bandwidth": 4.8e12, "clock_rate_ghz": 1.98, "major": 9,
+    },
+}  # fmt: skip
+
+
+def test_every_gpu_that_is_described_is_checked():
+    assert targets.gpu_names() == sorted(FACTS)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_every_description_is_of_the_gpu_it_is_named_after(name):
+    text = (targets.DESCRIPTIONS / f"{name}.txtpb").read_text(encoding="utf-8")
+    names = re.findall(r'(?:device_description_str|\bname): "NVIDIA (\w+)"', text)
+    assert [found.lower() for found in names] == [name, name]
+    for key, fact in FACTS[name].items():
+        (found,) = re.findall(rf"\b{key}: ([\d.]+)", text.split("dnn_version_info")[0])
+        assert float(found) == pytest.approx(fact, rel=1e-3 if key == "memory_bandwidth" else 0), key
+    major = FACTS[name]["major"]
+    # Of the architecture's own instructions ("a"): wgmma, tcgen05. Without a minor version, which is 0.
+    assert f"cuda_compute_capability {{ major: {major} feature_extension: ACCELERATED_FEATURES }}" in text
+    assert f'platform_version: "Compute Capability {major}.0a"' in text
 
 
 def test_a_missing_compiler_is_named_with_its_cure(monkeypatch):

@@ -85,6 +85,32 @@ def test_a_product_is_a_precise_source():
     assert "dot" in sources(twice, X, X.update(shape=(64, 64)))
 
 
+# As XLA for GPUs writes a fusion that runs beside others, by hand.
+BESIDE = """HloModule m
+
+%inside (n: f32[16,16]) -> f32[16,16] {
+  %n = f32[16,16]{1,0} parameter(0)
+  %few = s4[16,16]{1,0} convert(%n)
+  ROOT %wide = f32[16,16]{1,0} convert(%few)
+}
+
+ENTRY %main (x: f32[16,16]) -> f32[16,16] {
+  %x = f32[16,16]{1,0} parameter(0)
+  %begun = ((f32[16,16]{1,0}), f32[16,16]{1,0}, u32[]) fusion-start(%x), kind=kLoop, calls=%inside
+  %y = f32[16,16]{1,0} fusion-done(%begun)
+  ROOT %z = f32[16,16]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+@pytest.mark.parametrize(("text", "source"), [(BESIDE, None), (BESIDE.replace("s4", "f32"), "parameter")])
+def test_paths_go_through_fusions_that_run_beside_others(text, source):
+    program = Program(text)
+    (dot,) = program.products()
+    found = program.precise_source(program.operands(dot)[0])
+    assert (found and found.opcode) == source
+
+
 def test_text_that_is_no_module():
     with pytest.raises(ValueError, match="no HLO module"):
         Program("")
