@@ -7,8 +7,8 @@ is, and so are the codes and scales of an axis in whole blocks. On one device, a
 of a mesh, there is nothing to cut and the kernel runs as it is.
 
 A shard must hold whole units of what an operation reads together: blocks, and for some axes more. One that would not is
-refused by name where the program is compiled, because only a gather could serve it. An axis that is not cut may have any
-size: the kernel pads it.
+refused by name where the program is compiled, because only a gather could serve it. An axis that is not cut may have
+any size: the kernel pads it.
 """
 
 import itertools

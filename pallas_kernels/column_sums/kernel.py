@@ -43,7 +43,7 @@ def partial_sums(
     """Element × block scale, added up over some blocks of rows: one array for each column of a word."""
     groups, blocks, *_, words = codes.shape
     strips = pl.cdiv(words, STRIP)
-    steps = launch.steps_each(groups * blocks * strips, _MOST_STEPS)
+    steps = launch.steps_each(groups * blocks * strips, blocks, _MOST_STEPS)
     chunks = pl.cdiv(blocks, steps)
     return launch.kernel(
         functools.partial(_kernel, steps=steps),

@@ -109,7 +109,8 @@ def hadamard_maxima(
 
 def _steps_each(shape) -> int:
     groups, rows, words = shape
-    return launch.steps_each(groups * rows // _ROWS * pl.cdiv(words, STRIP))
+    blocks = rows // _ROWS
+    return launch.steps_each(groups * blocks * pl.cdiv(words, STRIP), blocks)
 
 
 def _strips(body, shape, out_type, name: str, interpret: bool):
