@@ -113,9 +113,11 @@ def _unfit(value: QTensor, axes: Axes, batch_dims: int) -> str | None:
     if axes[-1] not in dict(value.blocked):
         return f"the blocks of {format} run along another axis"
     rows = math.prod(size for i, size in zip(behind_batch, shape[batch_dims:], strict=True) if i not in axes)
-    if (
-        not kernel.MIN_ROWS <= rows <= kernel.MIN_ROWS * launch.GRID_LIMIT
-        or math.prod(shape[:batch_dims]) > launch.GRID_LIMIT
-    ):
-        return f"{rows} rows in {math.prod(shape[:batch_dims])} products: a kernel takes {kernel.MIN_ROWS} rows or more"
+    products, most = math.prod(shape[:batch_dims]), kernel.MIN_ROWS * launch.GRID_LIMIT
+    if rows < kernel.MIN_ROWS:
+        return f"a kernel takes {kernel.MIN_ROWS} rows or more, got {rows}"
+    if rows > most:
+        return f"a kernel takes {most} rows at most, got {rows}"
+    if products > launch.GRID_LIMIT:
+        return f"a kernel takes {launch.GRID_LIMIT} products at most, got {products}"
     return None
