@@ -28,7 +28,7 @@ from fp4jax.numerics import (
     rotate,
 )  # fmt: skip
 from fp4jax.numerics.blocks import Shape
-from fp4jax.quantizers import Draws, Quantizer, Rows, has_column_stats, pad_axis, pad_to, transformed
+from fp4jax.quantizers import Draws, Quantizer, Rows, pad_axis, pad_to, transformed
 from fp4jax.recipes import Center, LowRankSplit, MeanAxes, MeanSplit, Operand, Recipe, Source
 
 # Streams of random bits, one for every quantization of a linear layer; frozen, or runs would not repeat.
@@ -297,9 +297,9 @@ def _split(x, split: MeanSplit | LowRankSplit | None, context: _Context, name: s
 def _split_mean(x, split: MeanSplit, context: _Context, name: str, row_mask):
     axes = mean_axes(split, x.ndim, context.batch_dims)
     stats, of_matrix = None, axes == tuple(range(context.batch_dims, x.ndim - 1))
-    has_kernel = context.quantizer.column_stats and has_column_stats(x.shape, context.batch_dims)
-    if has_kernel and of_matrix and row_mask is None:
+    if context.quantizer.column_stats and of_matrix and row_mask is None:
         stats = context.quantizer.column_stats(x, context.batch_dims)
+    if stats is not None:
         mean = stats.mean(math.prod(x.shape[axis] for axis in axes))
     else:
         shards = layout.batch_shards(), layout.on_every_device, layout.sequence_shards()

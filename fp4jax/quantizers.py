@@ -24,6 +24,7 @@ from fp4jax.recipe_types import Operand
 _log = logging.getLogger(__name__)
 _MOST_SEQUENCES = 65535  # of a CUDA grid
 _HOPPER = 9  # the major number of its compute capability
+_STRETCH = 8  # rows, of `pallas_kernels.column_stats`
 _FEWEST_ROWS = 16  # below, a kernel would mostly quantize padding: the row that a mean split takes off
 
 
@@ -66,14 +67,15 @@ class Quantizer:
     Attributes:
       name: for reports.
       quantize: (rows, operand, axis of the blocks, batch_dims, draws) → the quantized operand.
-      column_stats: (x, batch_dims) → `numerics.ColumnStats` over all token axes; None: XLA's own reductions serve.
+      column_stats: (x, batch_dims) → `numerics.ColumnStats` over all token axes, or None for an array that the kernel
+        does not take; None: XLA's own reductions serve.
       column_sums: (an operand in blocks along the tokens, batch_dims) → sums of its values over all token axes, or None
         for an operand that the kernel does not take; None: XLA's own reductions serve.
     """
 
     name: str
     quantize: Callable[[Rows, Operand, int, int, Draws], QTensor]
-    column_stats: Callable[[Float[Array, "..."], int], ColumnStats] | None = None
+    column_stats: Callable[[Float[Array, "..."], int], ColumnStats | None] | None = None
     column_sums: ColumnSums | None = None
 
 
@@ -154,11 +156,24 @@ def _report_by_xla(reason: str) -> None:
     _log.info("backend='pallas': no kernel for %s, quantized by XLA", reason)
 
 
-def stats_by_kernel(x: Float[Array, "..."], batch_dims: int) -> ColumnStats:
-    """By one kernel for bfloat16 and float32; other dtypes are converted first."""
+def stats_by_kernel(x: Float[Array, "..."], batch_dims: int) -> ColumnStats | None:
+    """By one kernel for bfloat16 and float32; other dtypes are converted first. None for what does not fit its grid."""
     from pallas_kernels import column_stats as kernels
 
+    if not _fits_grid(x.shape, batch_dims):
+        return None
     return kernels.column_stats(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), batch_dims, **_where())
+
+
+def stats_in_whole_stretches(x: Float[Array, "..."], batch_dims: int) -> ColumnStats | None:
+    """By the kernel where sequences are whole stretches of its rows; None for others, which XLA's mean takes.
+
+    Devices that share a batch of others would cut through stretches, and the kernel exchanges none that are shorter. On
+    one device it would serve, but then a mean's last bit would depend on the devices. (Shared sequences are in whole
+    blocks, or the quantizers refuse them.)
+    """
+    rows = x.shape[-2]
+    return None if isinstance(rows, int) and rows % _STRETCH else stats_by_kernel(x, batch_dims)
 
 
 def sums_by_kernel(q: QTensor | Array, batch_dims: int) -> Float32[Array, "..."] | None:
@@ -168,11 +183,6 @@ def sums_by_kernel(q: QTensor | Array, batch_dims: int) -> Float32[Array, "..."]
     from pallas_kernels import column_sums as kernels
 
     return kernels.column_sums(q.pack(), batch_dims, **_where())
-
-
-def has_column_stats(shape: Shape, batch_dims: int) -> bool:
-    """Whether a kernel takes an array of that shape: sizes that are known, and matrices that fit its grid."""
-    return _fits_grid(shape, batch_dims)
 
 
 def has_column_sums(value: QTensor | Array) -> bool:
@@ -219,7 +229,12 @@ def best() -> Quantizer:
 
     if kernels.unsupported_reason(device):
         return by_xla()
-    return dataclasses.replace(by_kernels(), quantize=quantize_by_measured_kernels, column_sums=None)
+    return dataclasses.replace(
+        by_kernels(),
+        quantize=quantize_by_measured_kernels,
+        column_stats=stats_in_whole_stretches,
+        column_sums=None,
+    )
 
 
 _BY_XLA = Quantizer("XLA", quantize_by_xla)

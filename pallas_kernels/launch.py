@@ -3,20 +3,38 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 MIN_THREAD_BLOCKS = 1024
 """Enough to fill a GPU."""
 MOST_STEPS = 8
+GRID_LIMIT = 65535
+"""Of all axes of a CUDA grid but its first, which is the last of Pallas'."""
+_LAST_LIMIT = 2**31 - 1
 
 
-def steps_each(steps: int, most: int | None = None) -> int:
+def steps_each(steps: int, along: int, most: int | None = None) -> int:
     """Of so many steps in all, those of one thread block: more amortize its start, fewer leave enough of them.
 
     Args:
-      most: at most; default: `MOST_STEPS`.
+      along: how many of the steps lie along the axis of the grid that is divided by the result, to fit its limit.
+      most: at most, unless the grid needs more; default: `MOST_STEPS`.
     """
-    return max(1, min(steps // MIN_THREAD_BLOCKS, MOST_STEPS if most is None else most))
+    wanted = min(steps // MIN_THREAD_BLOCKS, MOST_STEPS if most is None else most)
+    return max(1, wanted, pl.cdiv(along, GRID_LIMIT))
+
+
+def check_grid(grid: Mapping[str, int], name: str) -> None:
+    """Raises NotImplementedError for a grid that CUDA does not launch; it names the kernel's axis and its size."""
+    *_, last = grid
+    for axis, size in grid.items():
+        limit = _LAST_LIMIT if axis == last else GRID_LIMIT
+        if size > limit:
+            raise NotImplementedError(
+                f"{name}: a CUDA grid has {limit} thread blocks along {axis!r} at most, this array needs {size}; leave "
+                "it to XLA"
+            )
 
 
 def kernel(body: Callable[..., None], out_type: Any, grid: Mapping[str, int], name: str, interpret: bool) -> Callable:
@@ -28,7 +46,11 @@ def kernel(body: Callable[..., None], out_type: Any, grid: Mapping[str, int], na
       grid: name of an axis → its size.
       name: of the kernel in programs and profiles.
       interpret: run in the GPU interpreter, on any machine.
+
+    Raises:
+      NotImplementedError: the grid is larger than CUDA's.
     """
+    check_grid(grid, name)
     return plgpu.kernel(
         body,
         out_type=out_type,

@@ -7,7 +7,8 @@ is, and so are the codes and scales of an axis in whole blocks. On one device, a
 of a mesh, there is nothing to cut and the kernel runs as it is.
 
 A shard must hold whole units of what an operation reads together: blocks, and for some axes more. One that would not is
-refused by name where the program is compiled, because only a gather could serve it.
+refused by name where the program is compiled, because only a gather could serve it. An axis that is not cut may have
+any size: the kernel pads it.
 """
 
 import itertools
@@ -47,7 +48,10 @@ class Follows:
 
     def _is_cut(self, axis: int, size: int, first: Shape) -> bool:
         units = self._units(axis, first)
-        return size == first[axis] or (units is not None and size % units == 0)
+        if units is None:
+            # What is padded to whole units inside may have the size of the axis by accident.
+            return size == first[axis] and self.units.get(axis, 1) == 1
+        return size == first[axis] or size % units == 0
 
     def _units(self, axis: int, first: Shape) -> int | None:
         unit = self.units.get(axis, 1)
@@ -121,8 +125,11 @@ class Shards:
         return (index * jnp.uint32(self.local[axis])).reshape(1)
 
     def check(self, axis: int, unit: int, what: str) -> None:
-        """Raises ValueError where a shard would not hold whole units along an axis of the operand that is cut."""
-        if self.shape[axis] % (self.count(axis) * unit) == 0:
+        """Raises ValueError where a shard would not hold whole units along an axis of the operand that is cut.
+
+        A kernel pads an axis that is not cut by itself.
+        """
+        if self.count(axis) == 1 or self.shape[axis] % (self.count(axis) * unit) == 0:
             return
         names = ", ".join(dict.fromkeys(repr(name.partition(_PART)[0]) for name in self.names[axis]))
         raise ValueError(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels.column_stats
 import pallas_kernels.column_sums
 import pallas_kernels.quantize
-from fp4jax import dot_general, prepare
+from fp4jax import dot_general, hardware, prepare
 from tests import contract
 from tests.contract import assert_close
 from tests.pallas_kernels.sharding import in_xla
@@ -41,21 +41,21 @@ def kernels_in_xla(monkeypatch):
 
 
 @functools.cache
-def tensors():
+def tensors(tokens=64):
     """X with a mean, W and D, on no device: meshes differ."""
     x, w, g = (
         jax.random.normal(key, shape, jnp.bfloat16)
-        for key, shape in zip(jax.random.split(KEY, 3), [(8, 64, 128), (128, 64), (8, 64, 64)], strict=True)
+        for key, shape in zip(jax.random.split(KEY, 3), [(8, tokens, 128), (128, 64), (8, tokens, 64)], strict=True)
     )
     return jax.device_get((x + jnp.arange(128.0, dtype=jnp.bfloat16)[None, None] / 8, w, g))
 
 
-def both(recipe):
+def both(recipe, backend="pallas"):
     """(what is prepared, output and gradients); a new function, because the trace depends on the mesh."""
-    dot = functools.partial(dot_general, dimension_numbers=DIMENSIONS, recipe=recipe, key=KEY, backend="pallas")
+    dot = functools.partial(dot_general, dimension_numbers=DIMENSIONS, recipe=recipe, key=KEY, backend=backend)
 
     def run(x, w, g):
-        prepared = prepare(x, recipe, key=KEY, backend="pallas"), prepare(w, recipe, "rhs", key=KEY, backend="pallas")
+        prepared = prepare(x, recipe, key=KEY, backend=backend), prepare(w, recipe, "rhs", key=KEY, backend=backend)
         y, pull = jax.vjp(dot, x, w)
         return prepared, (y, *pull(g))
 
@@ -63,10 +63,10 @@ def both(recipe):
 
 
 @functools.cache
-def on_one_device(recipe):
+def on_one_device(recipe, backend="pallas", tokens=64):
     device = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     with jax.set_mesh(device):
-        return contract.jit(both(recipe))(*tensors())
+        return contract.jit(both(recipe, backend))(*tensors(tokens))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,29 @@ def test_equals_one_device(recipe, cut, kind):
     with jax.set_mesh(mesh):
         placed = [jax.device_put(t, NamedSharding(mesh, s)) for t, s in zip(tensors(), specs, strict=True)]
         prepared, results = contract.jit(both(recipe))(*placed)
-    want_prepared, want_results = on_one_device(recipe)
-    for got, want in zip(jax.tree.leaves(prepared), jax.tree.leaves(want_prepared), strict=True):
-        if got.dtype == jnp.uint8:
-            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-    assert_close(results, want_results)
+    assert_prepared_and_close((prepared, results), on_one_device(recipe))
+
+
+def assert_prepared_and_close(got, want):
+    for mine, other in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0]), strict=True):
+        if mine.dtype == jnp.uint8:
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
+    assert_close(got[1], want[1])
+
+
+@pytest.mark.parametrize("tokens", [196, pytest.param(197, marks=pytest.mark.slow)])
+def test_auto_takes_means_of_ragged_sequences_by_xla(tokens, monkeypatch):
+    """The kernel of column statistics would have to cut its stretches of 8 rows between devices."""
+    h100 = hardware.Hardware("gpu", "NVIDIA H100 80GB HBM3", "9.0", 8)
+    monkeypatch.setattr(hardware, "current", lambda: h100)
+    sizes, specs = CUTS["data"]
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(t, NamedSharding(mesh, s)) for t, s in zip(tensors(tokens), specs, strict=True)]
+        compiled = jax.jit(both("averis", "auto")).lower(*placed).compile()
+    assert_prepared_and_close(compiled(*placed), on_one_device("averis", "auto", tokens))
+    found = gathered(compiled.as_text())
+    assert found and max(found) <= placed[0].size // tokens  # a sum of every sequence
 
 
 def test_a_cut_batch_is_not_gathered():

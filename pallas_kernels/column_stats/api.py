@@ -6,12 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fp4jax.numerics.column_stats import ColumnStats, check_shape
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 from pallas_kernels.column_stats import local, sharded
 from pallas_kernels.quantize.api import unsupported_reason
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
-_BATCH_LIMIT = 65535  # the second axis of a CUDA grid
 
 
 def column_stats(
@@ -54,7 +53,7 @@ def _check(x, batch_dims, device, interpret):
         raise ValueError(f"column_stats takes bfloat16 or float32, got {x.dtype}; convert with x.astype(jnp.float32)")
     check_shape(x.shape, batch_dims)
     matrices = math.prod(x.shape[:batch_dims])
-    if matrices > _BATCH_LIMIT:
+    if matrices > launch.GRID_LIMIT:
         raise NotImplementedError(
-            f"a kernel takes {_BATCH_LIMIT} matrices at most, got {matrices}; use fp4jax.numerics.column_stats"
+            f"a kernel takes {launch.GRID_LIMIT} matrices at most, got {matrices}; use fp4jax.numerics.column_stats"
         )

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import compat, launch
+from pallas_kernels import compat, launch, tree
 
 LANES = 128
 ROWS = 8  # in flight
@@ -85,8 +85,8 @@ def _kernel(x_ref, sums_ref, minima_ref, maxima_ref, *, vector, levels, strips):
         minimum = functools.reduce(jnp.minimum, values, minimum)
         maximum = functools.reduce(jnp.maximum, values, maximum)
         if ragged:
-            values = [_choose(row < rows, value, zero) for row, value in zip(at, values, strict=True)]
-        return *_count_up(i, pending, _tree(values)), minimum, maximum
+            values = [tree.choose(row < rows, value, zero) for row, value in zip(at, values, strict=True)]
+        return *tree.count_up(i, pending, _tree(values)), minimum, maximum
 
     *_, total, minimum, maximum = lax.fori_loop(0, 1 << levels, step, (*[zero] * levels, zero, infinity, -infinity))
     for ref, value in ((sums_ref, total), (minima_ref, minimum), (maxima_ref, maximum)):
@@ -97,25 +97,6 @@ def _tree(values):
     while len(values) > 1:
         values = [left + right for left, right in zip(values[::2], values[1::2], strict=True)]
     return values[0]
-
-
-def _count_up(i, pending, total):
-    """Adds step i's sum to the binary counter: (what is pending on each level, the sum of all levels).
-
-    Sums go up as if each level had its left neighbour waiting. Where it had not, what arrives above is no carry; but
-    the last write of a level before it is read is one, and in the last step all levels are waiting.
-    """
-    after = []
-    for level, waiting in enumerate(pending):
-        is_right_neighbour = (i >> level) & 1 == 1
-        after.append(_choose(is_right_neighbour, waiting, total))
-        total = waiting + total
-    return *after, total
-
-
-def _choose(condition, yes, no):
-    """`jnp.where` for a scalar condition, which Mosaic does not broadcast by itself."""
-    return jnp.where(lax.broadcast_in_dim(condition, yes.shape, ()), yes, no)
 
 
 @functools.cache

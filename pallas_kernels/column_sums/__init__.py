@@ -1,4 +1,4 @@
-"""Column sums of an array quantized to NVFP4 along its rows. Twin: the sum of `QTensor.dequantize()` over the rows."""
+"""Column sums of an array quantized to NVFP4 along its rows. Twin: `fp4jax.numerics.column_sums`."""
 
 from pallas_kernels.column_sums.api import column_sums
 

@@ -2,7 +2,8 @@
 
 from jaxtyping import Array, Float32
 
-from fp4jax.numerics import NVFP4, QTensor
+from fp4jax.numerics import QTensor
+from fp4jax.numerics.column_sums import check_blocks
 from pallas_kernels import compat
 from pallas_kernels.column_sums import local, sharded
 from pallas_kernels.quantize.api import unsupported_reason
@@ -18,8 +19,8 @@ def column_sums(
 ) -> Float32[Array, "..."]:
     """Sums of the represented values over all tokens of each matrix, [*batch, 1, ..., 1, features].
 
-    Equals the sum of `q.dequantize()` up to the order of additions: blocks of 16 rows are summed exactly, then added in
-    an order that the shape alone decides, and multiplied by the float32 scale last. It has no derivative.
+    Equals `fp4jax.numerics.column_sums(q, batch_dims)` bit for bit on one device. Where devices share the tokens of a
+    matrix their sums are added by an all-reduce, in an order of its own: equal up to rounding. It has no derivative.
 
     Args:
       q: NVFP4 in 1x16 blocks along the last axis but one; [*batch, *tokens, features] in logical shape.
@@ -35,7 +36,6 @@ def column_sums(
     reason = compat.not_interpreted() if interpret else unsupported_reason(device)
     if reason:
         raise NotImplementedError(f"{reason}; sum q.dequantize() instead")
-    if q.format != NVFP4 or q.axis != -2 or [axis for axis, _ in q.blocked] != [-2]:
-        raise ValueError(f"column_sums takes NVFP4 in 1x16 blocks along axis -2, got {q.format}, blocked {q.blocked}")
+    check_blocks(q)
     run = sharded.column_sums if partitioned else local.column_sums
     return run(q.codes, q.scales, batch_dims=batch_dims, interpret=interpret) * q.tensor_scale

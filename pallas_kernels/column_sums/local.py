@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float32, UInt8
 
 from fp4jax.numerics import NVFP4
+from fp4jax.numerics.column_stats import tree_sum
 from pallas_kernels.column_sums import kernel
 
 
@@ -24,7 +25,8 @@ def column_sums(
     code_words, scale_words = (_words(part.reshape(groups, -1, width)) for part in (codes, scales))
     code_words = code_words.reshape(groups, blocks, 2, 2, 2, -1)
     sums = jnp.stack(kernel.partial_sums(code_words, scale_words, interpret=interpret), axis=-1)
-    sums = jnp.sum(sums.reshape(batch, -1, sums.shape[2] * kernel.COLUMNS), axis=1)[:, :width]
+    of_sequences = tree_sum(sums.reshape(*sums.shape[:2], -1))
+    sums = tree_sum(of_sequences.reshape(batch, groups // batch, -1))[:, :width]
     return sums.reshape(*lead[:batch_dims], *[1] * (scales.ndim - batch_dims - 1), width)
 
 

@@ -9,7 +9,10 @@ from pallas_kernels.partition import Follows, Shards, over_shards
 
 
 def column_sums(codes, scales, *, batch_dims: int, interpret: bool):
-    """`local.column_sums` of codes that may be cut along any axis, between blocks; equal to it up to rounding."""
+    """`local.column_sums` of codes that may be cut along any axis, between blocks; equal to it up to rounding.
+
+    An all-reduce adds what the devices have, in an order of its own.
+    """
     run = functools.partial(local.column_sums, batch_dims=batch_dims, interpret=interpret)
 
     def of_shards(shards: Shards):

@@ -9,11 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fp4jax.numerics import E2M1, E4M3, NVFP4, QTensor
-from pallas_kernels import compat, partition_products
+from pallas_kernels import compat, launch, partition_products
 from pallas_kernels.dequant_matmul import kernel, local
 
 _CAPABILITY = "9.0"
-_GRID_LIMIT = 65535  # of all axes of a CUDA grid but one
 Axes = tuple[int, ...]
 
 
@@ -114,6 +113,11 @@ def _unfit(value: QTensor, axes: Axes, batch_dims: int) -> str | None:
     if axes[-1] not in dict(value.blocked):
         return f"the blocks of {format} run along another axis"
     rows = math.prod(size for i, size in zip(behind_batch, shape[batch_dims:], strict=True) if i not in axes)
-    if not kernel.MIN_ROWS <= rows <= kernel.MIN_ROWS * _GRID_LIMIT or math.prod(shape[:batch_dims]) > _GRID_LIMIT:
-        return f"{rows} rows in {math.prod(shape[:batch_dims])} products: a kernel takes {kernel.MIN_ROWS} rows or more"
+    products, most = math.prod(shape[:batch_dims]), kernel.MIN_ROWS * launch.GRID_LIMIT
+    if rows < kernel.MIN_ROWS:
+        return f"a kernel takes {kernel.MIN_ROWS} rows or more, got {rows}"
+    if rows > most:
+        return f"a kernel takes {most} rows at most, got {rows}"
+    if products > launch.GRID_LIMIT:
+        return f"a kernel takes {launch.GRID_LIMIT} products at most, got {products}"
     return None

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 from pallas_kernels.dequant_matmul import decode
 from pallas_kernels.dequant_matmul.decode import Side
 
@@ -56,6 +56,8 @@ def dequant_matmul(
     m, n = left_sizes[lhs_columns], right_sizes[rhs_columns]
     left = Side(lhs_columns, MIN_ROWS, interpret)
     right = Side(rhs_columns, _WIDE if n >= _WIDE else MIN_ROWS, interpret)
+    grid = {"batch": batch, "m": pl.cdiv(m, left.extent), "n": pl.cdiv(n, right.extent)}
+    launch.check_grid(grid, "dequant_matmul")
     return plgpu.kernel(
         functools.partial(_kernel, left=left, right=right, steps=left_sizes[not lhs_columns] // decode.BYTES),
         out_type=jax.ShapeDtypeStruct((batch, m, n), dtype),
@@ -64,8 +66,8 @@ def dequant_matmul(
             plgpu.SMEM((_SLOTS, *right.shape), jnp.float16, transforms=_TRANSFORMS),
             plgpu.Barrier(num_arrivals=decode.WARPGROUPS),
         ),
-        grid=(batch, pl.cdiv(m, left.extent), pl.cdiv(n, right.extent)),
-        grid_names=("batch", "m", "n"),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         num_threads=decode.WARPGROUPS,
         thread_name="warpgroup",
         # Those of `commit_smem` and `decoded` are all that is needed.

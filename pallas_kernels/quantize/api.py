@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt32
 
 from fp4jax.numerics import NVFP4, Format, QTensor
-from pallas_kernels import compat
+from pallas_kernels import compat, launch
 from pallas_kernels.quantize import elements, local, sharded
 
 _CAPABILITY = (9, 0)
 _DTYPES = (jnp.bfloat16, jnp.float32)
-_GRID_LIMIT = 65535  # of all axes of a CUDA grid but the first
 
 
 def unsupported_reason(device: compat.Device | None = None) -> str | None:
@@ -261,5 +260,7 @@ def _check(x, format, amax, batch_dims, device, interpret):
     if amax is not None and (amax.shape != expected or amax.dtype != jnp.float32):
         raise ValueError(f"amax must be float32 of shape {expected}, got {amax.dtype} of shape {amax.shape}")
     sequences = math.prod(x.shape[:-2])
-    if sequences > _GRID_LIMIT:
-        raise NotImplementedError(f'a kernel takes {_GRID_LIMIT} sequences at most, got {sequences}; use backend="xla"')
+    if sequences > launch.GRID_LIMIT:
+        raise NotImplementedError(
+            f'a kernel takes {launch.GRID_LIMIT} sequences at most, got {sequences}; use backend="xla"'
+        )

@@ -109,7 +109,8 @@ def hadamard_maxima(
 
 def _steps_each(shape) -> int:
     groups, rows, words = shape
-    return launch.steps_each(groups * rows // _ROWS * pl.cdiv(words, STRIP))
+    blocks = rows // _ROWS
+    return launch.steps_each(groups * blocks * pl.cdiv(words, STRIP), blocks)
 
 
 def _strips(body, shape, out_type, name: str, interpret: bool):
@@ -205,8 +206,13 @@ def _pair_codes(x: Float32[Array, "2 2 2 2 strip"], draws) -> UInt32[Array, "2 2
 
 
 def side_by_side(bytes_of_columns: Sequence[UInt32[Array, "..."]]) -> UInt32[Array, "..."]:
-    """The bytes of the columns of a word, in one."""
-    return functools.reduce(jnp.bitwise_or, [byte << 8 * i for i, byte in enumerate(bytes_of_columns)])
+    """The low bytes of the columns of a word, in one; what is above the last one's is left to the caller to cut off.
+
+    A NaN fills its own word, and must not reach the block of the column beside it.
+    """
+    *low, last = bytes_of_columns
+    masked = [*(byte & jnp.uint32(0xFF) for byte in low), last]
+    return functools.reduce(jnp.bitwise_or, [byte << 8 * i for i, byte in enumerate(masked)])
 
 
 def _draws(hash_refs, group, block, first_word, parts: int) -> list[UInt32[Array, "2 2 2 2 strip"]]:

@@ -79,7 +79,7 @@ def quantize(
     """
     groups, down, _, across, lanes, _ = x.shape
     strips = pl.cdiv(across * lanes * VECTOR, STRIP)
-    steps = launch.steps_each(groups * down * strips)
+    steps = launch.steps_each(groups * down * strips, down)
     chunks, parts = pl.cdiv(down, steps), 2 if x.dtype == jnp.uint32 else 1
     given = {"centered": centers, "row_draws": row_hashes, "column_draws": column_hashes, "shifted": start}
     flags = {name: bool(value) for name, value in given.items()} | {"hadamard": hadamard, "sums": sums}

@@ -9,8 +9,9 @@ multiplies it by 2^k: no approximate instruction is left. (It is exact while s_b
 blocks with a largest magnitude above 2e-37, near where XLA:CPU and GPUs differ about subnormals anyway.)
 
 Codes are packed without masking each: the bits of 2^23 + code are summed with powers of 16, and what the exponents
-contribute is a constant that is taken off at the end. Values that are not finite smear over their word; their block's
-scale is not finite either.
+contribute is a constant that is taken off at the end. An infinity becomes the largest code. A NaN smears over its word,
+to which PTX gives the bits 0x7FFFFFFF: over codes of its own block, whose scale is NaN too. Whoever puts codes of other
+blocks into the same word masks them first.
 """
 
 import functools

@@ -56,7 +56,7 @@ def quantize(
     """
     batch, rows, blocks, groups, _ = x.shape
     column_tiles, row_tiles = pl.cdiv(blocks, TILE_BLOCKS), pl.cdiv(rows, TILE_ROWS[x.dtype])
-    tiles_each = launch.steps_each(batch * column_tiles * row_tiles)
+    tiles_each = launch.steps_each(batch * column_tiles * row_tiles, row_tiles)
     run = launch.kernel(
         functools.partial(
             _kernel, centered=bool(centers), stochastic=bool(hashes), shifted=bool(start), tiles=tiles_each

@@ -65,7 +65,7 @@ def quantize(
     """
     groups, down, _, across, words = x.shape
     strips = pl.cdiv(across * words, STRIP)
-    steps = launch.steps_each(groups * down * strips)
+    steps = launch.steps_each(groups * down * strips, down)
     codes, scales = launch.kernel(
         functools.partial(_kernel, stochastic=bool(hashes), shifted=bool(start), steps=steps),
         out_type=(

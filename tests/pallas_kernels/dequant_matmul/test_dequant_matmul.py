@@ -1,7 +1,9 @@
 """`dequant_matmul` against the emulated product, in the GPU interpreter and on a GPU."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,7 +116,7 @@ REFUSED = {
     "scale": (((128, 64), LAST), ((128, 64), LAST), (LAST, LAST), NVFP4_VECTOR, "no float32 scale that is one number"),
     "blocks": (((128, 64), ROWS), ((128, 64), LAST), (LAST, LAST), NVFP4, "blocks of NVFP4 run along another axis"),
     "axes": (((2, 128, 64), ROWS), ((2, 128, 64), ROWS), (ROWS, ROWS), NVFP4, "neither the last one nor all behind"),
-    "rows": (((128, 64), LAST), ((127, 64), LAST), (LAST, LAST), NVFP4, "127 rows in 1 products"),
+    "rows": (((128, 64), LAST), ((127, 64), LAST), (LAST, LAST), NVFP4, "takes 128 rows or more, got 127"),
     "sizes": (((128, 64), LAST), ((128, 80), LAST), (LAST, LAST), NVFP4, "different contracted sizes, (64,) and (80,)"),
     "padding": (((128, 120), LAST), ((128, 128), LAST), (LAST, LAST), NVFP4, "different contracted sizes"),
 }
@@ -133,6 +135,22 @@ def test_other_operands_are_refused(case):
 def test_other_batches_are_refused():
     left, right = (quantized((batch, 128, 64), LAST, batch) for batch in (3, 1))
     assert misfit(left, right, (LAST, LAST), batch_dims=1) == "the operands have different batch sizes, (3,) and (1,)"
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 128 * 65535 + 1, 16), "takes 8388480 rows at most, got 8388481"),
+        ((65536, 128, 16), "takes 65535 products at most, got 65536"),
+        ((65535, 128, 16), None),
+    ],
+    ids=str,
+)
+def test_the_limit_that_is_exceeded_is_named(shape, message):
+    quantize = functools.partial(quantize_blocks, format=NVFP4, axes=LAST, pack_axis=-1, batch_dims=1)
+    big = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
+    reason = misfit(big, big, (LAST, LAST), batch_dims=1)
+    assert reason is None if message is None else message in reason
 
 
 @dataclasses.dataclass

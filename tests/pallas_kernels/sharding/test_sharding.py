@@ -133,6 +133,60 @@ def test_copies(cut, variant, mesh, emulated):
     assert_nothing_is_gathered(program)
 
 
+# No whole blocks along axes that no device shares, which a kernel pads itself; 8 rows fill as many bytes as there are.
+RAGGED = [(8, 197, 100), (8, 8, 36)]
+
+
+@pytest.mark.parametrize("shape", [RAGGED[0], pytest.param(RAGGED[1], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "kernel, axes, variants",
+    [
+        (quantize_rows, (-1,), ["", "centered stochastic"]),
+        (quantize_columns, (-2,), ["", "centered stochastic", "stochastic hadamard", "centered hadamard"]),
+        (quantize_2d, (-2, -1), ["", "stochastic"]),
+    ],
+    ids=["rows", "columns", "2d"],
+)
+def test_ragged_axes_that_are_not_cut(kernel, axes, variants, shape, mesh, emulated):
+    x, spec = values(shape, jnp.bfloat16), P(("data", "tensor"))
+    for variant in variants:
+        center = {"center": mean_of(x)} if "centered" in variant else {}
+        flags = {"hadamard": True} if "hadamard" in variant else {}
+        words = STOCHASTIC if "stochastic" in variant else None
+        run = functools.partial(kernel, words=words, partitioned=True, interpret=True, **center, **flags)
+        got, program = on(mesh, spec, run, x)
+        want = x.astype(jnp.float32) - center["center"] if center else x
+        want = hadamard(jnp.pad(want, [(0, 0), (0, -shape[1] % 16), (0, 0)]), -2) if flags else want
+        twin = functools.partial(quantize_blocks, format=NVFP4, axes=axes, pack_axis=max(-2, axes[0]), words=words)
+        assert_same(got, jax.jit(twin)(want))
+        assert_nothing_is_gathered(program)
+        assert got.codes.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+
+
+def test_copies_of_ragged_rows(mesh, emulated):
+    x, words = values((8, 48, 100), jnp.bfloat16), (STOCHASTIC, STOCHASTIC + 1)
+    run = functools.partial(quantize_copies, words=words, center=mean_of(x), partitioned=True, interpret=True)
+    copies, program = on(mesh, P(("data", "tensor")), run, x)
+    residual = x.astype(jnp.float32) - mean_of(x)
+    for got, axis, drawn in zip(copies, (-1, -2), words, strict=True):
+        twin = functools.partial(quantize_blocks, format=NVFP4, axes=(axis,), pack_axis=axis, words=drawn)
+        assert_same(got, jax.jit(twin)(residual))
+    assert_nothing_is_gathered(program)
+
+
+def test_codes_of_a_ragged_axis_do_not_cut_it(mesh, emulated):
+    """8 rows become 8 bytes of codes, which may be wanted in parts: x is not, where nothing else says how it is cut."""
+    x = values((16, 8, 32), jnp.bfloat16)
+    wanted = NamedSharding(mesh, P(None, "data"))
+
+    @jax.jit
+    def run(x):
+        q = quantize_columns(-x, partitioned=True, interpret=True)
+        return dataclasses.replace(q, codes=jax.lax.with_sharding_constraint(q.codes, wanted))
+
+    assert_same(run(x), jax.jit(lambda x: quantize_blocks(-x, NVFP4, axes=(-2,), pack_axis=-2))(x))
+
+
 @functools.cache
 def stats_on_one(shape, batch_dims):
     x = values(shape, jnp.float32)
@@ -162,6 +216,20 @@ def test_column_sums(cut, mesh, emulated):
     got, program = on(mesh, CUTS[cut], run, q.codes, q.scales)
     values_of = np.asarray(jax.jit(QTensor.dequantize)(q), np.float64)
     want, scale = values_of.sum((0, 1), keepdims=True), np.abs(values_of).sum((0, 1), keepdims=True)
+    assert (np.abs(np.asarray(got) - want) <= 1e-6 * scale).all()
+    assert_nothing_is_gathered(program)
+
+
+def test_column_sums_of_a_ragged_axis(mesh, emulated):
+    x = values((8, 197, 100), jnp.float32)
+    q = jax.jit(lambda x: quantize_blocks(x, NVFP4, axes=(-2,), pack_axis=-2, words=STOCHASTIC))(x)
+
+    def run(codes, scales):
+        return column_sums(dataclasses.replace(q, codes=codes, scales=scales), partitioned=True, interpret=True)
+
+    got, program = on(mesh, P(("data", "tensor")), run, q.codes, q.scales)
+    represented = np.asarray(q.dequantize(), np.float64)
+    want, scale = (part.sum((0, 1), keepdims=True) for part in (represented, np.abs(represented)))
     assert (np.abs(np.asarray(got) - want) <= 1e-6 * scale).all()
     assert_nothing_is_gathered(program)
 
