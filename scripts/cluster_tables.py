@@ -36,6 +36,16 @@ def traffic() -> str:
     return table(header, rows)
 
 
+def products() -> str:
+    """Memory traffic and temporaries of one step, by who multiplies."""
+    rows = []
+    for found in read("results/plan/products.json")["plans"]:
+        sizes = f"{found['bytes_accessed'] / 1e12:.2f}", f"{found['memory']['temporaries'] / 2**30:.1f}"
+        of_products = [kernel for kernel in found["kernels"] if kernel["name"].startswith("dequant_matmul")]
+        rows.append((f"`{found['recipe']}`", _fp4_products(found), *sizes, _kernels(of_products)))
+    return table(("recipe", "FP4 products", "traffic, TB", "temporaries, GiB", "kernels that multiply"), rows)
+
+
 def clusters() -> str:
     """One step of a whole batch on many devices: memory, work and what travels."""
     rows = []

@@ -171,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan": cluster_tables.plan,
     "plan_b200": functools.partial(cluster_tables.plan_of, "b200:1", "averis_0p6b_linear_inputs"),
     "traffic": cluster_tables.traffic,
+    "products": cluster_tables.products,
     "clusters": cluster_tables.clusters,
     "scaling": cluster_tables.scaling,
     "layouts": cluster_tables.layouts,
