@@ -55,7 +55,9 @@ def sums_of_magnitudes(pair, contracted, batch_dims):
     return np.asarray(emulated(absolute, contracted, batch_dims), np.float64)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "dgrad" else ()) for case in CASES]
+)
 def test_equals_the_emulated_product_up_to_the_order_of_additions(case, interpret):
     pair, contracted, batch_dims = operands(case)
     got = np.asarray(dequant_matmul(*pair, contracted, batch_dims, interpret=interpret))

@@ -48,7 +48,13 @@ CASES = {
     "wgrad of shared sequences": (WGRAD, P("data", "tensor"), P("data", "tensor"), P("data"), None, 0),
 }  # fmt: skip
 
-QUICK = ("by rows, sums to sequences", "wgrad, tokens of more axes")
+QUICK = {
+    "natively": ("by rows, sums to sequences", "wgrad, tokens of more axes"),
+    "by_kernel": (
+        "batch, W as fsdp cuts it", "by columns", "by rows, sums to sequences", "wgrad as fsdp cuts it",
+        "wgrad, tokens of more axes", "wgrad of shared sequences",
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +105,7 @@ def exact(lhs, rhs, contracted):
 @pytest.mark.parametrize(
     ("case", "product"),
     [
-        # XLA:CPU takes its time with elements of half a byte.
-        pytest.param(case, product, marks=pytest.mark.slow if product is natively and case not in QUICK else ())
+        pytest.param(case, product, marks=() if case in QUICK[product.__name__] else pytest.mark.slow)
         for case in CASES
         for product in (natively, by_kernel)
     ],
