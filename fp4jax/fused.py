@@ -30,7 +30,7 @@ def misfit(lhs: QTensor, rhs: QTensor, contracted: tuple[Axes, Axes], batch_dims
 def product(
     lhs: QTensor, rhs: QTensor, contracted: tuple[Axes, Axes], batch_dims: int, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    """The product of the represented values, accumulated in float32 and rounded to `dtype` once.
+    """The product of the represented values, accumulated in float32 and rounded once: to `dtype`, if the kernel has it.
 
     Args:
       contracted: of each operand, the axes that are summed over (negative, ascending); the last of them is blocked.
@@ -38,7 +38,8 @@ def product(
     """
     from pallas_kernels import dequant_matmul as kernels
 
-    device = hardware.current()
+    device, dtype = hardware.current(), jnp.dtype(dtype)
+    dtype = dtype if dtype in kernels.DTYPES else jnp.dtype(jnp.float32)
     return kernels.dequant_matmul(
         lhs, rhs, contracted, batch_dims, dtype, device=device, partitioned=device.devices > 1
     )

@@ -25,6 +25,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from fp4jax import fused, hardware, native, scopes
@@ -108,21 +109,23 @@ def contract_tokens(
         _over_tokens, rank=len(shape), batch_dims=batch_dims, execution=execution, precision=precision
     )
 
-    def against(columns):
+    few = functools.partial(product, execution=dataclasses.replace(execution, fused=False))  # columns: less than a tile
+
+    def against(columns, product=product):
         """Xᵀ times [*batch, *tokens, columns]."""
         result = product(x.residual, columns)
         if x.low_rank is None:
             return result
         with scopes.of_correction():
             _, right = low_rank_factors_of(x.low_rank, batch_dims)
-            of_left = product(x.low_rank.left, columns) * _as_rows(x.low_rank.scale, batch_dims)
+            of_left = few(x.low_rank.left, columns) * _as_rows(x.low_rank.scale, batch_dims)
             return result + _exact(right, of_left, ((batch_dims,), (batch_dims,)), batch_dims)
 
     result = against(d.residual)
     with scopes.of_correction():
         if d.low_rank is not None:
             _, right = low_rank_factors_of(d.low_rank, batch_dims)
-            left = jnp.swapaxes(_as_rows(d.low_rank.scale, batch_dims), -1, -2) * against(d.low_rank.left)
+            left = jnp.swapaxes(_as_rows(d.low_rank.scale, batch_dims), -1, -2) * against(d.low_rank.left, few)
             result = result + _exact(left, right, ((batch_dims + 1,), (batch_dims,)), batch_dims)
         result = result + _mean_corrections(x, d, recipe, shape, batch_dims, row_mask, sums)
         return jnp.sum(result, axis=-3) if recipe.shard_axes else result
@@ -244,18 +247,26 @@ def _unscaled(lhs, rhs, contracted, axes, batch_dims, execution: Execution, prec
 def _from_codes(lhs: QTensor, rhs: QTensor, contracted, batch_dims, execution: Execution, dtype):
     """`_unscaled` by what takes the operands as they are stored, or None."""
     if execution.native:
-        reason = native.misfit(lhs, rhs, contracted)
+        reason = _partly_manual() or native.misfit(lhs, rhs, contracted)
         if reason is None:
             with scopes.of_operands(lhs, rhs):
                 return native.product(lhs, rhs, contracted, batch_dims), lhs.tensor_scale, rhs.tensor_scale
         _report_emulation(str(lhs.format), str(rhs.format), f"not on FP4 tensor cores: {reason}")
     if execution.fused:
-        reason = fused.misfit(lhs, rhs, contracted, batch_dims)
+        reason = _partly_manual() or fused.misfit(lhs, rhs, contracted, batch_dims)
         if reason is None:
             with scopes.of_operands(lhs, rhs):
                 return fused.product(lhs, rhs, contracted, batch_dims, dtype), None, None
         _report_emulation(str(lhs.format), str(rhs.format), f"not by the kernel: {reason}")
     return None
+
+
+def _partly_manual() -> str | None:
+    """Why a call that cuts itself over devices cannot stand here, or None: JAX gives it no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = [kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1]
+    is_manual = [kind == AxisType.Manual for kind in shared]
+    return "inside of a shard_map over some axes of the mesh only" if any(is_manual) and not all(is_manual) else None
 
 
 def _for_device(lhs, rhs, contracted):

@@ -1,6 +1,7 @@
 """What a result is from: the commit and the command line, without this machine's folders."""
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 """The checkout, or what the package is installed in."""
 
 DIRTY = "-dirty"
+_ABSOLUTE = re.compile(r"(?<![\w./-])(?:file://)?(/[^\s,'\"()\[\]{}:]+)")
 
 
 def about(module: str, arguments: Sequence[str]) -> dict[str, str | None]:
@@ -46,14 +48,21 @@ def command(module: str, arguments: Sequence[str], out: str = "out") -> str:
 
 
 def without_folders(path: str) -> str:
-    """An absolute path from the checkout on, or its name if it is elsewhere; any other text as it is.
+    """Text with its absolute paths from the checkout on, or their names alone if they are elsewhere.
 
     >>> without_folders("/home/somebody/plan.json"), without_folders("configs/averis_tiny.py")
     ('plan.json', 'configs/averis_tiny.py')
+    >>> without_folders("file:///data/a.bin,('/data/b.bin',)")
+    "a.bin,('b.bin',)"
     """
-    if not os.path.isabs(path):
-        return path
-    return str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else Path(path).name
+    return _ABSOLUTE.sub(lambda found: _from_checkout(Path(found[1])), path)
+
+
+def _from_checkout(path: Path) -> str:
+    for root in (ROOT, Path(os.path.abspath(__file__)).parent.parent):  # with links resolved, and as it was reached
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return path.name
 
 
 def _git(*arguments: str) -> str:

@@ -63,6 +63,7 @@ def product_over_shards(
     rhs: Operand,
     *of_batch: Array,
     dtype: DTypeLike = jnp.float32,
+    least_rows: int = 1,
 ) -> Float[Array, "..."]:
     """function(lhs.codes, lhs.scales, rhs.codes, rhs.scales, *of_batch, dtype=dtype), computed where the operands lie.
 
@@ -70,6 +71,7 @@ def product_over_shards(
       function: a product [*batch, *rows of lhs, *rows of rhs] of whole arrays or of shards, rounded to `dtype`.
       of_batch: arrays whose axes are those of the batch.
       dtype: of the result; partial sums are in float32 until they are added up.
+      least_rows: of either operand that `function` takes: rows are not cut into fewer.
 
     Raises:
       jax.errors.JaxRuntimeError: when it is compiled, what `function` raises of the shapes of shards.
@@ -87,7 +89,7 @@ def product_over_shards(
         mesh = wanted.mesh
         sides = zip((lhs.labels, rhs.labels, result), (left, right, wanted), strict=True)
         names = [dict(zip(of, shards.names, strict=True)) for of, shards in sides]
-        plan = _plan(*names, lhs.units() | rhs.units(), mesh.shape)
+        plan = _plan(*names, lhs.units() | rhs.units(), mesh.shape, least_rows)
 
         def placed(labels, cut):
             return NamedSharding(mesh, PartitionSpec(*(cut[label] or None for label in labels)))
@@ -125,6 +127,7 @@ def _plan(
     result: Mapping[str, Names],
     units: Mapping[str, int],
     mesh: Mapping[str, int],
+    least_rows: int = 1,
 ) -> _Plan:
     """How a product is cut: each axis of the mesh cuts one axis of it, that of the left operand before the right one's.
 
@@ -133,17 +136,25 @@ def _plan(
     Args:
       lhs, rhs, result: label → axes of the mesh that cut it.
       units: label → how many parts it can be cut into; mesh: axis → its size.
+      least_rows: of an operand that are left on a device, of all its axes that are not contracted.
     """
 
+    def count(names: Names) -> int:
+        return math.prod(mesh[name] for name in names)
+
     def fits(label: str, names: Names) -> bool:
-        return units[label] % math.prod(mesh[name] for name in names) == 0
+        return units[label] % count(names) == 0
+
+    def leaves_rows(label: str, names: Names) -> bool:
+        rows = math.prod(size // count(cut[other]) for other, size in units.items() if other[0] == label[0])
+        return label[0] not in "mn" or rows // count(names) >= least_rows
 
     cut: dict[str, Names] = {label: () for label in units}
     taken: set[str] = set()
     for side in (lhs, rhs, result):
         for label, names in side.items():
             free = tuple(name for name in names if name not in taken)
-            if not cut[label] and fits(label, free):
+            if not cut[label] and fits(label, free) and leaves_rows(label, free):
                 cut[label] = free
                 taken.update(free)
     sums = [name for label, names in cut.items() if label.startswith("k") for name in names]
@@ -165,7 +176,8 @@ def _of_shards(function: Callable, dtype: DTypeLike, plan: _Plan, labels: Sequen
             if names := plan.scattered.get(label):
                 value = lax.psum_scatter(value, names, scatter_dimension=axis, tiled=True)
         value = lax.psum(value, plan.summed) if plan.summed else value
-        return value.astype(dtype)
+        # The barrier keeps XLA from taking the rounding back where the caller goes on in float32.
+        return lax.optimization_barrier(value.astype(dtype)) if is_partial else value
 
     return run
 

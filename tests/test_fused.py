@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import fp4jax
 from fp4jax import fused, gemm, hardware
@@ -110,6 +112,43 @@ def test_means_are_emulated_and_that_is_no_warning(hopper, caplog):
         rows = fp4jax.report(function, *arguments, compile_program=False).apart
     means = [row.execution for row in rows if "NVFP4" in row.operands]
     assert means == ["emulated in " + emulation_dtype().name] * 2 and not caplog.records
+
+
+def test_factors_of_low_rank_are_emulated_and_that_is_no_warning(hopper, caplog):
+    gemm._report_emulation.cache_clear()
+    function, arguments = product_and_gradients("metis", "fused")
+    with caplog.at_level(logging.WARNING, "fp4jax"):
+        report = fp4jax.report(function, *arguments, compile_program=False)
+    assert {row.execution for row in report.fp4} == {"fused"} and not caplog.records
+
+
+def test_in_a_shard_map_over_some_axes_products_are_emulated(hopper, caplog):
+    """JAX gives no mesh to a call that cuts itself over devices there."""
+    gemm._report_emulation.cache_clear()
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    x, w = random(4, *TOKENS, INPUTS), random(INPUTS, OUTPUTS, seed=1)
+
+    def product(x, w):
+        return dot_general(x, w, (((3,), (0,)), ((), ())), recipe="nvfp4", gemm="fused")
+
+    def both(x, w):
+        run = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+        return run(product, axis_names={"data"})(x, w)
+
+    with jax.set_mesh(mesh), caplog.at_level(logging.WARNING, "fp4jax"):
+        report = fp4jax.report(both, x, w, compile_program=False)
+    assert {row.execution for row in report.fp4} == {"emulated in " + emulation_dtype().name}
+    assert "not by the kernel: inside of a shard_map over some axes of the mesh only" in caplog.text
+
+
+def test_a_function_of_that_name_is_somebody_elses():
+    @jax.jit
+    def dequant_matmul(x, q, s):
+        return x @ (q * s)
+
+    arguments = random(4, 8), random(8, 4), random(1, 4)
+    (row,) = fp4jax.report(lambda *a: dequant_matmul(*a), *arguments, compile_program=False).rows
+    assert row.execution == ""
 
 
 @pytest.mark.parametrize(("kind", "platform"), [("NVIDIA B200", "gpu"), ("TPU v5 lite", "tpu")])

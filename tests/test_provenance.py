@@ -52,6 +52,9 @@ def test_a_checkout_that_git_does_not_read_has_none(tmp_path, monkeypatch):
         (["--config=/home/me/own.py", "--config.data.path=/mnt/x/corpus"], "--config=own.py --config.data.path=corpus"),
         ([f"--config={provenance.ROOT}/configs/a.py"], "--config=configs/a.py"),
         (['--config.policy=[["a b", "nvfp4"]]'], """'--config.policy=[["a b", "nvfp4"]]'"""),
+        (["--config.data.path=/mnt/a.bin,/mnt/b.bin"], "--config.data.path=a.bin,b.bin"),
+        (["--config.data.paths=['/home/me/a.bin']"], """'--config.data.paths=['"'"'a.bin'"'"']'"""),
+        (["--config.model_dir=file:///home/me/x"], "--config.model_dir=x"),
         (["--target=h200:1,b200:8"], "--target=h200:1,b200:8"),
     ],
 )

@@ -3,7 +3,8 @@ r"""Compiles the training step of a configuration for machines that are not ther
     python -m fp4jax.plan --config=configs/averis_0p6b.py --target=h200:8[,b200:8,v5e:4x4] [--out=plan.json] \
         [--config.key=value ...]
 
-Memory, FLOPs, collectives, products native or emulated, kernels: docs/plan.md. Needs requirements-plan.txt, no GPU.
+Memory, FLOPs, collectives, products native, fused or emulated, kernels: docs/plan.md. Needs requirements-plan.txt, no
+GPU.
 """
 
 import json

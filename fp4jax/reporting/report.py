@@ -112,7 +112,7 @@ def report(function, *args, compile_program: bool = True, **kwargs) -> Report:
       args, kwargs: its arguments; instead of an array a `jax.ShapeDtypeStruct` will do, instead of a module one from
         `nnx.eval_shape`. What is no array (a recipe's name, a flag) is static, as in a plain call.
       compile_program: also look at the compiled program: has the compiler kept the quantization, and are products
-        native or emulated? That takes as long as compiling takes.
+        native, fused or emulated? That takes as long as compiling takes.
 
     Returns:
       A `Report`; `print` it. A layer is named by the argument that holds its weights where that can be told.

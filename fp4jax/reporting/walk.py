@@ -25,7 +25,7 @@ _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scale
 # cuDNN's attention is one primitive: scores and values; backward, scores again and four gradients.
 _ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 # The jitted function of a kernel that multiplies, by its name; fp4jax.fused.
-FUSED = "dequant_matmul"
+FUSED = "fp4jax_dequant_matmul"
 _OPAQUE = ("ffi_call", "custom_call", "dot_product_attention", "pure_callback")
 _OURS = Path(__file__).resolve().parents[1]
 _KERNELS = _OURS.parent / "pallas_kernels"

@@ -3,6 +3,6 @@
 Twin: the product of `QTensor.values` with float32 accumulation, times the tensor scales, up to the order of additions.
 """
 
-from pallas_kernels.dequant_matmul.api import dequant_matmul, misfit, unsupported_reason
+from pallas_kernels.dequant_matmul.api import DTYPES, dequant_matmul, misfit, unsupported_reason
 
-__all__ = ["dequant_matmul", "misfit", "unsupported_reason"]
+__all__ = ["DTYPES", "dequant_matmul", "misfit", "unsupported_reason"]

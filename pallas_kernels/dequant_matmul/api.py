@@ -12,6 +12,9 @@ from fp4jax.numerics import E2M1, E4M3, NVFP4, QTensor
 from pallas_kernels import compat, launch, partition_products
 from pallas_kernels.dequant_matmul import kernel, local
 
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+"""Of results."""
+
 _CAPABILITY = "9.0"
 Axes = tuple[int, ...]
 
@@ -78,8 +81,7 @@ def dequant_matmul(
 
     Raises:
       NotImplementedError: the device or the JAX release is not served.
-      ValueError: the operands are none that the kernel multiplies: `misfit` says why.
-      jax.errors.JaxRuntimeError: when it is compiled, a shard of fewer than 128 rows.
+      ValueError: another dtype; the operands are none that the kernel multiplies: `misfit` says why.
     """
     reason = compat.not_interpreted() if interpret else unsupported_reason(device)
     if reason:
@@ -93,9 +95,13 @@ def dequant_matmul(
     batch = lhs.shape[:batch_dims]
     scale = lhs.tensor_scale.reshape(batch) * rhs.tensor_scale.reshape(batch)
     dtype = jnp.dtype(dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dequant_matmul: a result is of float32 or bfloat16, got {dtype}")
     multiply = functools.partial(local.product, contracted, batch_dims, interpret=interpret)
     if partitioned:
-        return partition_products.product_over_shards(multiply, left, right, scale, dtype=dtype)
+        return partition_products.product_over_shards(
+            multiply, left, right, scale, dtype=dtype, least_rows=kernel.MIN_ROWS
+        )
     return multiply(left.codes, left.scales, right.codes, right.scales, scale, dtype=dtype)
 
 
@@ -105,7 +111,8 @@ def _unfit(value: QTensor, axes: Axes, batch_dims: int) -> str | None:
         return f"{format} is not E2M1 in blocks of {NVFP4.block} with scales in E4M3"
     if not all(isinstance(size, int) for size in shape):
         return "symbolic shapes"
-    if value.amax is None or any(size != 1 for size in value.amax.shape[batch_dims:]):
+    one_a_matrix = (*shape[:batch_dims], *[1] * (len(shape) - batch_dims))
+    if value.amax is None or value.amax.shape != one_a_matrix:
         return f"{format} has no float32 scale that is one number a matrix"
     behind_batch = tuple(range(batch_dims - len(shape), 0))
     if axes not in ((-1,), behind_batch[:-1]):

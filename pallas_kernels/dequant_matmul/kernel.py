@@ -35,7 +35,7 @@ Parts = tuple[UInt8[Array, "batch ..."], Shaped[Array, "batch ..."]]
 
 # Lowered once for many calls; `fp4jax.report` knows it by its name.
 @functools.partial(jax.jit, static_argnames=("lhs_columns", "rhs_columns", "dtype", "interpret"))
-def dequant_matmul(
+def fp4jax_dequant_matmul(
     scale: Float32[Array, " batch"],
     lhs: Parts,
     rhs: Parts,

@@ -60,7 +60,7 @@ def product(
             f"dequant_matmul: a device has {lhs.extent} x {rhs.extent} of a product, the kernel makes tiles of "
             f'{kernel.MIN_ROWS}: cut it over fewer devices, or use gemm="emulated"'
         )
-    result = kernel.dequant_matmul(
+    result = kernel.fp4jax_dequant_matmul(
         scale.reshape(-1),
         (lhs.codes, lhs.scales),
         (rhs.codes, rhs.scales),

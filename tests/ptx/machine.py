@@ -18,7 +18,7 @@ from tests.ptx.program import Instruction, Launch, Program
 
 LANES = 32
 ORDERS = ("forwards", "backwards", "in turns")
-_NOTHING = {"fence.mbarrier_init.release.cluster", "wgmma.fence.sync.aligned", "ret"}
+_NOTHING = {"fence.mbarrier_init.release.cluster"}
 
 
 def run(
@@ -60,20 +60,25 @@ class Choices:
 
 @dataclasses.dataclass
 class _Barrier:
-    """Of either kind; `known` are the clocks of those that have come."""
+    """Of either kind; `clocks` are those of the warps that have come in this phase, `done` those of each one before."""
 
     expected: int
-    known: np.ndarray
+    clocks: np.ndarray
     come: int = 0
-    phase: int = 0
+    done: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @property
+    def phase(self) -> int:
+        return len(self.done)
 
     def arrive(self, clocks: np.ndarray, lanes: int) -> None:
-        self.known = np.maximum(self.known, clocks)
+        self.clocks = np.maximum(self.clocks, clocks)
         self.come += lanes
         if self.come > self.expected:
             raise Fault("more lanes come to a barrier than it waits for")
         if self.come == self.expected:
-            self.come, self.phase = 0, self.phase + 1
+            self.done.append(self.clocks)
+            self.come, self.clocks = 0, np.zeros_like(self.clocks)
 
 
 class _Block:
@@ -116,7 +121,8 @@ class _Warp:
         self.at = 0
         self._waits_for: tuple[_Barrier, int] | None = None
         self._products: list[list[tuple]] = [[]]  # groups; the last one is not committed yet
-        self._busy: set[str] = set()
+        self._busy: set[str] = set()  # registers of products that are not waited for
+        self._unfenced: set[str] = set()  # registers written since the last wgmma.fence
         self._factors: dict[str, list[np.ndarray]] = {}  # of what a register holds the product of
 
     @property
@@ -144,6 +150,11 @@ class _Warp:
             if mask.any() and not mask.all():
                 raise NotImplementedError("lanes of a warp part")
             self.at = self.block.program.labels[operands[0]] if mask.all() else self.at + 1
+            return True
+        if opcode == "ret":
+            if not mask.all():
+                raise NotImplementedError("lanes of a warp part")
+            self.at = len(self.block.program.instructions)
             return True
         if not mask.any() or opcode in _NOTHING:
             self.at += 1
@@ -280,12 +291,14 @@ class _Warp:
         elif opcode.startswith("mbarrier.try_wait.parity"):
             barrier = self.block.barrier("mbarrier", self._address(operands[1]))
             passed = barrier.phase % 2 != int(self._read(operands[2], 32)[0])
-            if passed:
-                clocks[self.number] = np.maximum(clocks[self.number], barrier.known)
+            if passed:  # before the first phase is done, the one before it counts as done
+                clocks[self.number] = np.maximum(clocks[self.number], barrier.done[-1] if barrier.done else 0)
                 self._write(operands[0], np.ones(LANES, bool), 1, mask)
             return passed
         elif opcode.startswith("wgmma.mma_async"):
             self._product(opcode, operands)
+        elif opcode == "wgmma.fence.sync.aligned":
+            self._unfenced.clear()
         elif opcode == "wgmma.commit_group.sync.aligned":
             self._products.append([])
         elif opcode == "wgmma.wait_group.sync.aligned":
@@ -306,7 +319,7 @@ class _Warp:
         barrier, phase = self._waits_for
         if barrier.phase == phase:
             return False
-        clocks[self.number] = np.maximum(clocks[self.number], barrier.known)
+        clocks[self.number] = np.maximum(clocks[self.number], barrier.done[phase])
         self._waits_for = None
         return True
 
@@ -318,18 +331,22 @@ class _Warp:
             wgmma.Tile.of(int(self._read(each, 64, busy=True)[0]), flag == "1")
             for each, flag in zip((a, b), transposed, strict=True)
         )
-        self._products[-1].append((_vector(registers), *tiles, wgmma.width(opcode)))
-        self._busy.update(_vector(registers))
+        names = _vector(registers)
+        if self._unfenced.intersection(names):
+            raise Fault("accumulators are written without wgmma.fence before a product adds to them")
+        product = names, *tiles, wgmma.width(opcode)
+        self._busy.update(names)
         if not self.block.choices.late:
-            self._multiply(self._products[-1].pop())
+            self._multiply(product)
+        self._products[-1].append(product)
 
     def _finish(self, pending: int) -> None:
         """All groups but the last ones are done."""
         while len(self._products) > pending + 1:
             for product in self._products.pop(0):
-                self._multiply(product)
-        if not any(self._products):
-            self._busy.clear()
+                if self.block.choices.late:
+                    self._multiply(product)
+        self._busy = {name for group in self._products for names, *_ in group for name in names}
 
     def _multiply(self, product: tuple) -> None:
         names, a, b, columns = product
@@ -366,6 +383,7 @@ class _Warp:
         if name in self._busy:
             raise Fault(f"{name} belongs to a product that is not waited for")
         self._factors.pop(name, None)
+        self._unfenced.add(name)
         value = value.astype(arithmetic.integer(width))
         old = self.registers.get(name)
         self.registers[name] = value if mask.all() or old is None else np.where(mask, value, old.astype(value.dtype))

@@ -8,6 +8,7 @@ SHARED_BASE = 1024
 """Where dynamic shared memory begins: aligned as swizzled tiles need it."""
 
 _ALIGNMENT = 256
+_NEVER = np.iinfo(np.int64).max
 _FIRST = 1 << 33  # of device memory: an address that no 32-bit register holds
 
 
@@ -78,7 +79,7 @@ class Shared:
         self._bytes = np.zeros(size, np.uint8)
         self._writer, self._written = np.full(size, -1), np.zeros(size, int)
         self._read = np.zeros((warps, size), int)
-        self._unfenced = np.full(size, -1)
+        self._fenced = np.full(size, _NEVER)  # the clock of the writer at its fence behind the write
         self.clocks = np.eye(warps, dtype=int)
 
     def read(self, warp: int, addresses: np.ndarray, size: int, asynchronously: bool = False) -> np.ndarray:
@@ -89,7 +90,8 @@ class Shared:
             raise Fault("reads shared memory that nobody has written")
         if (self._written[at] > self.clocks[warp][writers])[writers != warp].any():
             raise Fault(f"warp {warp} reads shared memory without a barrier behind its writer")
-        if asynchronously and (self._unfenced[at] >= 0).any():
+        known = self.clocks[warp][writers]
+        if asynchronously and (self._fenced[at] > known).any():
             raise Fault("a product reads shared memory without fence.proxy.async behind its writer")
         self._read[warp][at] = self.clocks[warp][warp]
         return self._bytes[at]
@@ -103,12 +105,12 @@ class Shared:
         late = (self._written[at] > self.clocks[warp][writers]) & (writers >= 0) & (writers != warp)
         if late.any() or (self._read[others][:, at] > self.clocks[warp][others][:, None, None]).any():
             raise Fault(f"warp {warp} overwrites shared memory that others are not known to be done with")
-        self._bytes[at], self._writer[at], self._unfenced[at] = values, warp, warp
+        self._bytes[at], self._writer[at], self._fenced[at] = values, warp, _NEVER
         self._written[at] = self.clocks[warp][warp]
 
     def fence(self, warp: int) -> None:
         """What the warp has written is there for matrix products too."""
-        self._unfenced[self._unfenced == warp] = -1
+        self._fenced[(self._writer == warp) & (self._fenced == _NEVER)] = self.clocks[warp][warp]
 
 
 def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:

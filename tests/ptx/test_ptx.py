@@ -60,6 +60,23 @@ def test_what_others_may_still_read_is_not_overwritten(order):
         executed(EXCHANGE.format("bar.sync 0;") + "st.shared.b32 [%r4], %r8;", order)
 
 
+@ORDERS
+def test_a_barrier_tells_nothing_of_what_comes_after_it(order):
+    """Between two barriers one warp writes and the other one reads."""
+    body = """
+        st.shared.b32 [%r4], %r7; bar.sync 0; shr.u32 %r8, %r1, 5; setp.eq.b32 %p1, %r8, 0; mov.b32 %r8, 0;
+        @%p1 st.shared.b32 [%r4], %r1; @!%p1 ld.shared.b32 %r8, [%r6]; bar.sync 0;
+    """
+    with pytest.raises(Fault, match="without a barrier|not known to be done"):
+        executed(body, order)
+
+
+def test_statements_behind_a_return_are_not_executed():
+    np.testing.assert_array_equal(
+        executed("mov.b32 %r8, %r7; st.b32 [%rd5], %r8; ret; st.b32 [%rd4], %r8;"), 100 + np.arange(64)
+    )
+
+
 @pytest.mark.parametrize(
     ("body", "fault"),
     [

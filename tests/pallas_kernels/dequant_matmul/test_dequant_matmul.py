@@ -134,8 +134,20 @@ def test_other_operands_are_refused(case):
             dequant_matmul(*pair, contracted, interpret=True)
 
 
+def test_one_scale_for_all_matrices_is_refused():
+    left, right = (quantized((2, 128, 64), LAST, seed, batch_dims=seed) for seed in (0, 1))
+    assert "no float32 scale that is one number a matrix" in misfit(left, right, (LAST, LAST), batch_dims=1)
+
+
+def test_other_results_are_refused():
+    pair = [quantized((128, 64), LAST, seed) for seed in (0, 1)]
+    if compat.CAN_INTERPRET:
+        with pytest.raises(ValueError, match="a result is of float32 or bfloat16, got float16"):
+            dequant_matmul(*pair, (LAST, LAST), 0, jnp.float16, interpret=True)
+
+
 def test_other_batches_are_refused():
-    left, right = (quantized((batch, 128, 64), LAST, batch) for batch in (3, 1))
+    left, right = (quantized((batch, 128, 64), LAST, batch, batch_dims=1) for batch in (3, 1))
     assert misfit(left, right, (LAST, LAST), batch_dims=1) == "the operands have different batch sizes, (3,) and (1,)"
 
 

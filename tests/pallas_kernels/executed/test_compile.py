@@ -183,6 +183,7 @@ def test_products(order, late, product):
     ("left_out", "instead", "fault"),
     [
         ("fence.proxy.async.shared::cta", "", "without fence.proxy.async"),
+        ("wgmma.fence.sync.aligned", "", "without wgmma.fence"),
         ("wgmma.wait_group.sync.aligned", "", "not waited for"),
         ("mbarrier.try_wait.parity.shared.b64", "setp.eq.b32 P1, 0, 0;", "without a barrier|not known to be done with"),
     ],

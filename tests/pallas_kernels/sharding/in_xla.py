@@ -29,7 +29,7 @@ def install(monkeypatch) -> None:
         (local, hadamard_amax),
         (sums_local, column_sums),
         (stats_local.kernel, partial_stats),
-        (products, dequant_matmul),
+        (products, fp4jax_dequant_matmul),
     ):
         monkeypatch.setattr(module, function.__name__, function)
 
@@ -85,7 +85,7 @@ def partial_stats(x, *, vector, levels, interpret):
     return tree_sum(zeros), jnp.min(edges, axis=2), jnp.max(edges, axis=2)
 
 
-def dequant_matmul(scale, lhs, rhs, *, lhs_columns, rhs_columns, dtype, interpret):
+def fp4jax_dequant_matmul(scale, lhs, rhs, *, lhs_columns, rhs_columns, dtype, interpret):
     del interpret
     left, right = (_decoded(*of, columns) for of, columns in ((lhs, lhs_columns), (rhs, rhs_columns)))
     result = jnp.einsum("bmk,bnk->bmn", left, right, precision=lax.Precision.HIGHEST)
