@@ -47,7 +47,7 @@ test-slow: $(INSTALLED) ## only the slow tests, on the CPU
 	@touch $@
 
 test-compile: .venv-compile/.installed ## compile every recipe and kernel for TPU and GPU, on any machine (installs 5.6 GB beside .venv)
-	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -m slow tests/pallas_kernels/*/test_compile.py \
+	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -n 2 --dist loadscope -m slow tests/pallas_kernels/*/test_compile.py \
 		tests/benchmarks/test_timing.py tests/training/test_compile_targets.py tests/plan/test_compile.py $(ARGS)
 
 .venv-peer/.installed: requirements-peer.txt requirements-peer-no-deps.txt scripts/setup_peer.sh $(INSTALLED)
