@@ -105,6 +105,12 @@ def ordered(choose: Callable, dtype: np.dtype) -> Function:
     return lambda a, b: choose(a.view(dtype), b.view(dtype)).view(a.dtype)
 
 
+def field(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """bfe.u32, bfe.u64: so many bits, less than all, from a position within the register on."""
+    ones = (np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)
+    return (a.astype(np.uint64) >> position.astype(np.uint64) & ones).astype(a.dtype)
+
+
 def wide(signed: bool) -> Function:
     """mul.wide: 64 bits of the product of two 32."""
 
@@ -168,6 +174,8 @@ def conversion(to: str, source: str) -> Function | None:
 TABLE: dict[str, tuple[Function, tuple[int, ...], int]] = {
     "cvta.to.global.u64": (lambda a: a, (64,), 64),
     "prmt.b32": (permute, (32, 32, 32), 32),
+    "bfe.u32": (field, (32, 32, 32), 32),
+    "bfe.u64": (field, (64, 32, 32), 64),
     "shf.l.wrap.b32": (funnel, (32, 32, 32), 32),
     "min.NaN.f32": (least, (32, 32), 32),
     "max.NaN.f32": (lambda a, b: least(a, b, -1), (32, 32), 32),

@@ -132,6 +132,14 @@ def test_permuted_bytes_are_those_of_the_first_source_first():
     assert arithmetic.permute(np.array([0x80], np.uint32), b, np.array([0x0008], np.uint32)) == 0x808080FF
 
 
+def test_fields_of_bits():
+    for name, width in (("bfe.u32", 32), ("bfe.u64", 64)):
+        function, _, _ = arithmetic.TABLE[name]
+        value = np.array([0xF234567890ABCDE1 >> 64 - width], arithmetic.integer(width))
+        position, length = np.array([4], np.uint32), np.array([14], np.uint32)
+        assert function(value, position, length) == int(value[0]) >> 4 & 0x3FFF
+
+
 def test_multiply_add_is_rounded_once():
     rng = np.random.default_rng(0)
     a, b, c = rng.standard_normal((3, 5000)).astype(np.float32)
