@@ -1,18 +1,15 @@
 """Where results go: JSON that says which device, release, commit and command they are from."""
 
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 
+from fp4jax import provenance
 from fp4jax.hardware import huge_pages
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def about(command: str) -> dict[str, object]:
@@ -23,30 +20,15 @@ def about(command: str) -> dict[str, object]:
         "device": kind,
         "platform": device.platform,
         "jax": jax.__version__,
-        "commit": commit(),
-        "command": " ".join(["python -m", command, *sys.argv[1:]]),
+        **provenance.about(command, sys.argv[1:]),
         **({"huge_pages": huge_pages()} if device.platform == "cpu" else {}),
     }
-
-
-def commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; "unknown" where Git does not tell.
-
-    A copy without Git's folder, on another machine, is told by FP4JAX_COMMIT.
-    """
-    if told := os.environ.get("FP4JAX_COMMIT"):
-        return told
-    try:
-        hash_ = _git("rev-parse", "--short", "HEAD")
-        return f"{hash_}+changes" if _git("status", "--porcelain", "--untracked-files=no") else hash_
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def default_folder() -> Path:
     """benchmarks/results/<device>."""
     name = re.sub(r"[^a-z0-9]+", "_", str(about("")["device"]).lower()).strip("_")
-    return REPOSITORY / "benchmarks" / "results" / name
+    return provenance.ROOT / "benchmarks" / "results" / name
 
 
 def write(path: Path, command: str, rows: list[dict], **more: object) -> None:
@@ -56,8 +38,3 @@ def write(path: Path, command: str, rows: list[dict], **more: object) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    return run.stdout.strip()

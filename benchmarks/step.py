@@ -32,6 +32,7 @@ from benchmarks import ratios, records, timing
 from fp4jax.cli import Parser, output_folder, positive, run
 from fp4jax.cli import describe as describe_error
 from fp4jax.config import mesh_of
+from fp4jax.config_checks import BACKENDS, GEMMS
 from fp4jax.training import create_state, make_mesh, make_optimizer, model_template
 from fp4jax.training.mesh import BATCH
 from fp4jax.training.state import TrainState
@@ -312,6 +313,10 @@ def split_recipes(parser: Parser, listed: str) -> list[str]:
         parser.error("--recipes names one twice")
     if halves := [name for name in names if name.endswith(("@", "/")) or "@/" in name]:
         parser.error(f"--recipes: {halves[0]!r} leaves out what it announces; write recipe@backend/product")
+    for name in names:
+        for what, value, known in zip(("backend", "product"), split_name(name)[1:], (BACKENDS, GEMMS), strict=True):
+            if value and value not in known:
+                parser.error(f"--recipes: unknown {what} {value!r} in {name!r}; known: {', '.join(known)}")
     return names
 
 

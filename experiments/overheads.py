@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import jax
 import ml_collections
 
 from configs import averis_tiny
+from fp4jax import provenance
 from fp4jax.cli import Parser, check_output_file, positive, run
 from fp4jax.training import train
 from fp4jax.training.loop import _Loop
@@ -201,12 +201,6 @@ def of_windows(windows: Sequence[Sequence[int]]) -> dict:
     }
 
 
-def commit() -> str:
-    """Of the code that is run, with a + if it was changed since."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
-    return run.stdout.strip()
-
-
 def main(arguments: Sequence[str]) -> None:
     """Measures and writes the JSON.
 
@@ -223,7 +217,7 @@ def main(arguments: Sequence[str]) -> None:
     check_output_file(flags.out, "--out")
     if flags.measurement == "memory" and flags.steps < WARM_UP + 2 * WINDOW:
         parser.error(f"--steps={flags.steps} is too short to compare windows; give {WARM_UP + 2 * WINDOW} or more")
-    code = commit()
+    code = provenance.commit()
     if flags.measurement == "time":
         result, asked = measure_time(flags.workdir, flags.pairs), f"--pairs={flags.pairs}"
     else:

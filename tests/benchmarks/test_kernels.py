@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import compiling, kernels, operations, records
 from benchmarks.operations import OPERATIONS, Operation
+from fp4jax import provenance
 from fp4jax.cli import run
 from pallas_kernels import column_stats, column_sums, compat, quantize
 from pallas_kernels.quantize.shapes import EXPERT_SHAPES, SHAPES, WEIGHT_SHAPES, Shape, scaled_down
@@ -203,16 +204,9 @@ def test_results_are_replaced_whole_and_say_where_they_are_from(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
 
 
-def test_the_commit_of_a_copy_without_history_can_be_told(monkeypatch):
-    monkeypatch.setattr(records, "REPOSITORY", records.Path("/"))
-    assert records.commit() == "unknown"
-    monkeypatch.setenv("FP4JAX_COMMIT", "abc1234")
-    assert records.commit() == "abc1234"
-
-
 def test_the_default_folder_is_named_after_the_device(monkeypatch):
     monkeypatch.setattr(records, "about", lambda command: {"device": "NVIDIA H100 80GB HBM3"})
-    assert records.default_folder() == records.REPOSITORY / "benchmarks" / "results" / "nvidia_h100_80gb_hbm3"
+    assert records.default_folder() == provenance.ROOT / "benchmarks" / "results" / "nvidia_h100_80gb_hbm3"
 
 
 def test_the_table_has_the_rows_with_a_time(monkeypatch):

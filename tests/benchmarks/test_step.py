@@ -89,6 +89,15 @@ def test_half_a_name_is_refused(name):
         step.main([f"--recipes=bf16,{name}"])
 
 
+@pytest.mark.parametrize(
+    "name, what", [("averis@palas", "backend 'palas'"), ("averis@pallas/quick", "product 'quick'")]
+)
+def test_an_unknown_backend_or_product_is_refused_before_anything_is_written(name, what, tmp_path):
+    with pytest.raises(ValueError, match=f"unknown {what} in '{name}'; known: auto, "):
+        step.main([f"--recipes=bf16,{name}", f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
 def fake_program(name, fault=None):
     """Steps that do nothing, but for one that breaks."""
 

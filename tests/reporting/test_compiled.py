@@ -41,14 +41,14 @@ def test_a_kernel_in_a_fusion_is_one_product_of_codes():
     assert found.corrections == {}
 
 
-CORRECTED = f"""HloModule m
-ENTRY %main (a: f4e2m1fn[1,32], b: f4e2m1fn[32,32], s: f8e4m3fn[1,2], t: f8e4m3fn[32,2]) -> f32[1,32] {{
-  %a = f4e2m1fn[1,32]{{1,0}} parameter(0)
-  %b = f4e2m1fn[32,32]{{1,0}} parameter(1)
-  %s = f8e4m3fn[1,2]{{1,0}} parameter(2)
-  %t = f8e4m3fn[32,2]{{1,0}} parameter(3)
-  ROOT %row = f32[1,32]{{1,0}} CALL, metadata={{op_name="{SCOPE.format("fprop/correction/")}/dot"}}
-}}
+ONE_PRODUCT = """HloModule m
+ENTRY %main (a: f4e2m1fn[1,32], b: f4e2m1fn[32,32], s: f8e4m3fn[1,2], t: f8e4m3fn[32,2]) -> f32[1,32] {
+  %a = f4e2m1fn[1,32]{1,0} parameter(0)
+  %b = f4e2m1fn[32,32]{1,0} parameter(1)
+  %s = f8e4m3fn[1,2]{1,0} parameter(2)
+  %t = f8e4m3fn[32,2]{1,0} parameter(3)
+  ROOT %row = f32[1,32]{1,0} CALL, metadata={op_name="SCOPE/dot"}
+}
 """
 
 
@@ -59,7 +59,12 @@ ENTRY %main (a: f4e2m1fn[1,32], b: f4e2m1fn[32,32], s: f8e4m3fn[1,2], t: f8e4m3f
         ("dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={1}", "emulated in f4e2m1fn"),
     ],
 )
-def test_corrections_are_told_apart_from_the_products(call, way):
-    found = check(CORRECTED.replace("CALL", call), "gpu")
-    assert found.execution == {} and found.corrections == {("averis", FORMATS): (way,)}
-    assert (found.products, found.operands, found.coded) == (1, 2, 2)
+def test_products_and_corrections_are_told_apart(call, way):
+    text = ONE_PRODUCT.replace("CALL", call)
+    product, correction = (
+        check(text.replace("SCOPE", SCOPE.format(of)), "gpu") for of in ("fprop/", "fprop/correction/")
+    )
+    assert product.execution == {("averis", "fprop", FORMATS): (way,)} and product.corrections == {}
+    assert correction.execution == {} and correction.corrections == {("averis", FORMATS): (way,)}
+    for found in (product, correction):
+        assert (found.products, found.operands, found.coded) == (1, 2, 2)

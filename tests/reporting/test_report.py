@@ -13,7 +13,6 @@ from jax.sharding import AxisType, PartitionSpec
 import fp4jax
 from fp4jax import scopes
 from fp4jax.reporting import Precision
-from fp4jax.reporting.compiled import check
 
 Shape = jax.ShapeDtypeStruct
 ROWS_BY_FEATURES = (((1,), (0,)), ((), ()))
@@ -364,22 +363,6 @@ def test_a_quantization_that_is_gone_is_found():
     compiled = fp4jax.report(program, array(32, 64), array(64, 32)).compiled
     assert (compiled.operands, compiled.coded) == (2, 0)
     assert "NOT QUANTIZED" in str(compiled)
-
-
-def test_native_products_are_told_from_emulated_ones():
-    name = "jit(f)/fp4jax:averis/fprop/quantized_product/NVFP4:4*NVFP4:4/scaled_matmul"
-    text = f"""HloModule m
-ENTRY %main (a: f4e2m1fn[16,32], b: f4e2m1fn[32,32], s: f8e4m3fn[16,2], t: f8e4m3fn[32,2]) -> f32[16,32] {{
-  %a = f4e2m1fn[16,32]{{1,0}} parameter(0)
-  %b = f4e2m1fn[32,32]{{1,0}} parameter(1)
-  %s = f8e4m3fn[16,2]{{1,0}} parameter(2)
-  %t = f8e4m3fn[32,2]{{1,0}} parameter(3)
-  ROOT %call = f32[16,32]{{1,0}} custom-call(%a, %b, %s, %t), custom_call_target="__cudnn$blockScaledDot", metadata={{op_name="{name}"}}
-}}
-"""  # noqa: E501
-    found = check(text, "gpu")
-    assert found.execution == {("averis", "fprop", ("NVFP4", "NVFP4")): ("native (__cudnn$blockScaledDot)",)}
-    assert (found.operands, found.coded) == (2, 2)
 
 
 def test_what_cannot_be_looked_into_is_named():
